@@ -1,0 +1,371 @@
+"""`Model`: a hooked view of a live transformers model. It owns no weights and leaves the model as it found it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from interp.model import tokens as tokenisation
+from interp.model.cache import Cache
+from interp.model.capture import Positions, capture_taps, gradient_taps
+from interp.model.edit import Edit
+from interp.model.finite import check_finite
+from interp.model.hook_point import Hook, hook_tap
+from interp.model.hooks import Tap, left_padding, tapped
+from interp.model.inputs import Prompts, pad_id, prepare_inputs
+from interp.model.points import available_sites, locate
+from interp.model.sites import Site, SitePattern, select_sites
+from interp.model.tower import Tower, resolve
+from interp.model.weights import Weights
+
+
+class Model:
+    """A hooked view of a Hugging Face transformer.
+
+    Outside a call the wrapped module is exactly as it was: no hook left, the same attention implementation, the same
+    training and `requires_grad` flags, also after an exception. Every call here runs without gradients, except
+    `run_with_gradients`.
+
+    Args:
+        hf: a live transformers model; used as it is, never copied.
+        tokenizer: its tokenizer, for methods that take text.
+        name: how results and reports call the model; the config's name by default.
+
+    Raises:
+        UnsupportedModel: if the parts of the model cannot be told apart.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any = None, *, name: str | None = None) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.anatomy = resolve(hf)
+        self.name = name or getattr(hf.config, "_name_or_path", "") or self.anatomy.family
+        self.sites: list[Site] = available_sites(self.anatomy)
+        self._arguments = set(inspect.signature(hf.forward).parameters)
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name}: {self.anatomy.family}, {self.n_layers} layers, {self.n_heads} heads"
+            + (f" ({self.n_kv_heads} key/value)" if self.n_kv_heads != self.n_heads else "")
+            + f", d_model {self.d_model}, {self.dtype}, {self.device})"
+        )
+
+    @property
+    def tower(self) -> Tower:
+        """The stack of blocks that produces the output."""
+        return self.anatomy.text
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.tower.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads a layer."""
+        return self.tower.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads a layer; fewer than `n_heads` under grouped-query attention."""
+        return self.tower.n_kv_heads
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.tower.d_model
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.tower.d_head
+
+    @property
+    def d_mlp(self) -> int:
+        """Neurons a layer (columns of `mlp.hook_post`)."""
+        return int(self.weights.of_block("W_out", 0).shape[0])
+
+    @property
+    def d_vocab(self) -> int:
+        """Rows of the token embedding."""
+        return int(self.weights.W_E.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return next(parameter.dtype for parameter in self.hf.parameters() if parameter.is_floating_point())
+
+    def n_heads_at(self, kind: str) -> int:
+        """Length of the head axis of a kind of site: key/value heads for k, v and rot_k, query heads otherwise."""
+        return self.n_kv_heads if kind in ("k", "v", "rot_k") else self.n_heads
+
+    def site_names(self, pattern: SitePattern = "*") -> list[Site]:
+        """Names of the sites that a pattern selects, in computation order.
+
+        Args:
+            pattern: full name, short form ("z"), shell pattern ("blocks.*.attn.hook_z"), a list of these, or a
+                function.
+
+        Raises:
+            SiteUnavailable: if this model does not have the site that is named.
+            ValueError: if the pattern matches nothing; near names are offered.
+        """
+        try:
+            return select_sites(pattern, self.sites)
+        except ValueError:
+            self._explain_absence(pattern)
+            raise
+
+    def _explain_absence(self, pattern: SitePattern) -> None:
+        """Raise `SiteUnavailable` with the reason if a name is a proper site that only this model lacks."""
+        for name in [pattern] if isinstance(pattern, str) else [] if callable(pattern) else pattern:
+            for layer in (0, None):
+                try:
+                    site = Site(name, layer) if "." not in name else Site.parse(name)
+                except ValueError:
+                    continue
+                locate(self.anatomy, site)
+
+    # Text and tokens
+
+    def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids of one or several texts of equal length, as the model's own tokenizer makes them.
+
+        Args:
+            text: one text or several.
+            prepend_bos: None: a BOS only where the tokenizer adds one; True or False: with exactly one, or without.
+
+        Raises:
+            ValueError: if the texts differ in length: padded ids would be read as tokens later. Calls on the model take
+                the texts themselves, pad and mask them.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [tokenisation.encode(self._tokenizer, one, prepend_bos=prepend_bos) for one in texts]
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the texts have {', '.join(map(str, lengths))} tokens; give them to the model as text (it pads "
+                "and masks them), or tokenise each length by itself"
+            )
+        return torch.tensor(rows, device=self.device)
+
+    def to_str_tokens(self, prompt: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]:
+        """The text of each token of one prompt: `["When", " Mary", " and"]`."""
+        if isinstance(prompt, str):
+            return tokenisation.decode_each(self._tokenizer, tokenisation.encode(self._tokenizer, prompt))
+        ids = torch.as_tensor(prompt)
+        if ids.dim() == 2 and len(ids) != 1:
+            raise ValueError(f"to_str_tokens takes one prompt; got {len(ids)}")
+        return tokenisation.decode_each(self._tokenizer, ids.reshape(-1).tolist())
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token.
+
+        Raises:
+            ValueError: if it is several; the message shows them.
+        """
+        return tokenisation.single_token(self._tokenizer, text)
+
+    @property
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass one to load, or give token ids")
+        return self.tokenizer
+
+    # Calls
+
+    @torch.no_grad()
+    def __call__(self, prompts: Prompts, *, logits_to_keep: int = 0) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits (the last hidden state for a model without a language-model head).
+
+        Args:
+            prompts: text, texts, token ids ([pos] or [batch, pos]), lists of ids, or a mapping of inputs as
+                transformers takes them. Prompts of different length are padded on the left; every number equals that of
+                the prompt alone.
+            logits_to_keep: 0 for all positions, k for the last k only (cheaper: the others are not computed).
+
+        Raises:
+            FloatingPointError: if the output is not finite; the message names the first site where that happens.
+        """
+        inputs = self._inputs(prompts)
+        logits = self._forward(inputs, logits_to_keep)
+        check_finite(logits, self.anatomy, self.sites, lambda: self._forward(inputs, 1))
+        return logits
+
+    @torch.no_grad()
+    def run_with_cache(
+        self,
+        prompts: Prompts,
+        sites: SitePattern = "*",
+        *,
+        positions: Positions = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], Cache]:
+        """Logits and the activations of the sites asked for; nothing else is kept.
+
+        Args:
+            prompts: as for a plain call.
+            sites: name, short form, pattern, list or function; "*" is every site, scores and head results included.
+            positions: keep these positions only (query positions for scores and pattern), in this order.
+            device: move each activation there as it is taken.
+            dtype: cast each activation as it is taken.
+            logits_to_keep: as for a plain call.
+
+        Returns:
+            (logits, cache).
+        """
+        inputs = self._inputs(prompts)
+        store: dict[Site, Tensor] = {}
+        taps = capture_taps(self.site_names(sites), store, positions=positions, device=device, dtype=dtype)
+        with tapped(self.anatomy, taps):
+            logits = self._forward(inputs, logits_to_keep)
+        check_finite(logits, self.anatomy, self.sites, lambda: self._forward(inputs, 1))
+        return logits, Cache(store, left_padding(inputs.get("attention_mask")))
+
+    @torch.no_grad()
+    def run_with_hooks(
+        self, prompts: Prompts, fwd_hooks: Sequence[tuple[SitePattern, Hook]] = (), *, logits_to_keep: int = 0
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a run in which functions see, and may change, activations; TransformerLens's meaning.
+
+        Args:
+            prompts: as for a plain call.
+            fwd_hooks: pairs (site, function). The function gets the activation and a `HookPoint`; what it returns
+                replaces the activation. It may also change the activation in place and return None.
+            logits_to_keep: as for a plain call.
+        """
+        inputs = self._inputs(prompts)
+        with self.hooks(fwd_hooks):
+            return self._forward(inputs, logits_to_keep)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: Sequence[tuple[SitePattern, Hook]]) -> Iterator[None]:
+        """`run_with_hooks` as a context: the functions act on every run inside it, in this thread."""
+        taps = [Tap(site, hook_tap(fn, site)) for pattern, fn in fwd_hooks for site in self.site_names(pattern)]
+        with tapped(self.anatomy, taps):
+            yield
+
+    @contextmanager
+    def edited(self, edits: Edit | Sequence[Edit]) -> Iterator[None]:
+        """Apply edits to every run inside the context, in this thread; also to `generate` with a KV cache.
+
+        Positions count from the start of each prompt (padding left out), through decoded tokens too. Contexts nest:
+        inner edits see what outer ones did.
+
+        Raises:
+            ValueError: before any run, if an edit names a site, layer or head that does not exist.
+        """
+        edits = [edits] if isinstance(edits, Edit) else list(edits)
+        n_heads = {
+            tower.prefix + kind: tower.n_kv_heads if kind in ("k", "v", "rot_k") else tower.n_heads
+            for tower in self.anatomy.towers.values()
+            for kind in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
+        }
+        for edit in edits:
+            self.site_names(edit.site)
+        taps = [tap for edit in edits for tap in edit.taps(self.sites, n_heads)]
+        with tapped(self.anatomy, taps):
+            yield
+
+    def run_with_gradients(
+        self,
+        prompts: Prompts,
+        metric: Callable[[Tensor], Tensor],
+        sites: SitePattern,
+        *,
+        logits_to_keep: int = 0,
+    ) -> tuple[Tensor, Cache, Cache]:
+        """Activations and the gradients of a metric at many sites, in one forward and one backward pass.
+
+        Parameters receive no gradient, whatever their `requires_grad` says.
+
+        Args:
+            prompts: as for a plain call.
+            metric: from logits to one value a prompt [batch] (or a scalar). Values are summed before the backward pass,
+                so that each prompt gets the gradient of its own value.
+            sites: name, short form, pattern, list or function.
+            logits_to_keep: as for a plain call.
+
+        Returns:
+            (metric values, activations, gradients), the caches with equal shapes.
+        """
+        inputs = self._inputs(prompts)
+        on_path: dict[Site, Tensor] = {}
+        with torch.enable_grad(), tapped(self.anatomy, gradient_taps(self.site_names(sites), self.anatomy, on_path)):
+            values = metric(self._forward(inputs, logits_to_keep))
+            gradients = torch.autograd.grad(values.sum(), list(on_path.values()), allow_unused=True)
+        padding = left_padding(inputs.get("attention_mask"))
+        kept = {site: tensor.detach() for site, tensor in on_path.items()}
+        filled = {
+            site: torch.zeros_like(tensor) if gradient is None else gradient
+            for (site, tensor), gradient in zip(kept.items(), gradients, strict=True)
+        }
+        return values.detach(), Cache(kept, padding), Cache(filled, padding)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: Prompts, *, max_new_tokens: int = 20, do_sample: bool = False, **options: Any
+    ) -> str | Tensor:
+        """Continue a prompt with transformers' `generate`; edits and hooks in force apply to every step.
+
+        Returns:
+            The whole text for a prompt given as text, token ids otherwise.
+        """
+        inputs = self._inputs(prompt)
+        inputs.pop("position_ids", None)
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        options.setdefault("pad_token_id", pad_id(self.tokenizer))
+        ids = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
+        return self._tokenizer.decode(ids[0], skip_special_tokens=True) if isinstance(prompt, str) else ids
+
+    # Inside a call
+
+    def _inputs(self, prompts: Prompts) -> dict[str, Any]:
+        with_position_ids = "position_ids" in self._arguments
+        return prepare_inputs(prompts, self.tokenizer, self.device, with_position_ids=with_position_ids)
+
+    def _forward(self, inputs: Mapping[str, Any], logits_to_keep: int) -> Tensor:
+        options: dict[str, Any] = {"return_dict": True}
+        if "use_cache" in self._arguments:
+            options["use_cache"] = False
+        if logits_to_keep and "logits_to_keep" in self._arguments:
+            options["logits_to_keep"] = logits_to_keep
+        output = self.hf(**inputs, **options)
+        logits = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+        return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+    # Weights
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Per-head weight matrices, embedding and unembedding; also reached as `model.W_Q` and so on."""
+        return Weights(self.hf, self.tower)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith(("W_", "b_")) and name in Weights.NAMES:
+            return getattr(self.weights, name)
+        raise AttributeError(f"Model has no attribute {name!r}")
+
+    @torch.no_grad()
+    def final_norm(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """The norm after the last block, applied to any residual stream (the stream itself where there is none)."""
+        return resid if self.tower.ln_final is None else self.tower.ln_final(resid)
+
+    @torch.no_grad()
+    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of a normed residual stream, with the family's logit scale and soft-cap."""
+        return self.weights.unembed(normed)
