@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interp.model.hooks import Run, Tap
-from interp.model.sites import SITE_DIMS, Site, SitePattern, select_sites
+from interp.model.sites import SITE_DIMS, Site, SitePattern
 
 Index = int | slice | Sequence[int]
 
@@ -54,17 +54,16 @@ class Edit:
         if isinstance(self.value, str) and self.value != "mean":
             raise ValueError(f"value={self.value!r}: the only value given by name is 'mean'")
 
-    def taps(self, available: Sequence[Site], n_heads: dict[str, int]) -> list[Tap]:
+    def taps(self, sites: Sequence[Site], n_heads: dict[str, int]) -> list[Tap]:
         """The taps that carry out this edit.
 
         Args:
-            available: sites of the model.
+            sites: what `site` names in the model.
             n_heads: number of heads by site kind, to check `heads` before the first forward pass.
 
         Raises:
             ValueError: for an unknown site, an axis the site does not have, or a head out of range.
         """
-        sites = select_sites(self.site, available)
         for site in sites:
             self._check_axes(site, n_heads)
         return [Tap(site, self._apply_at(site)) for site in sites]

@@ -21,7 +21,7 @@ from interp.model.hook_point import Hook, hook_tap
 from interp.model.hooks import Tap, left_padding, tapped
 from interp.model.inputs import Prompts, pad_id, prepare_inputs
 from interp.model.points import available_sites, locate
-from interp.model.sites import Site, SitePattern, select_sites
+from interp.model.sites import HEAD_KINDS, Site, SitePattern, select_sites
 from interp.model.tower import Tower, resolve
 from interp.model.weights import Weights
 
@@ -107,9 +107,10 @@ class Model:
         """Floating-point type of the parameters."""
         return next(parameter.dtype for parameter in self.hf.parameters() if parameter.is_floating_point())
 
-    def n_heads_at(self, kind: str) -> int:
+    def n_heads_at(self, kind: str, tower: str = "") -> int:
         """Length of the head axis of a kind of site: key/value heads for k, v and rot_k, query heads otherwise."""
-        return self.n_kv_heads if kind in ("k", "v", "rot_k") else self.n_heads
+        sizes = self.anatomy.towers[tower]
+        return sizes.n_kv_heads if kind in ("k", "v", "rot_k") else sizes.n_heads
 
     def site_names(self, pattern: SitePattern = "*") -> list[Site]:
         """Names of the sites that a pattern selects, in computation order.
@@ -269,17 +270,21 @@ class Model:
         Raises:
             ValueError: before any run, if an edit names a site, layer or head that does not exist.
         """
-        edits = [edits] if isinstance(edits, Edit) else list(edits)
-        n_heads = {
-            tower.prefix + kind: tower.n_kv_heads if kind in ("k", "v", "rot_k") else tower.n_heads
-            for tower in self.anatomy.towers.values()
-            for kind in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
-        }
-        for edit in edits:
-            self.site_names(edit.site)
-        taps = [tap for edit in edits for tap in edit.taps(self.sites, n_heads)]
+        taps = [tap for edit in ([edits] if isinstance(edits, Edit) else edits) for tap in self.edit_taps(edit)]
         with tapped(self.anatomy, taps):
             yield
+
+    def edit_taps(self, edit: Edit) -> list[Tap]:
+        """The taps that carry out an edit on this model, checked: what engines that batch edits build on."""
+        n_heads = {
+            prefix + kind: self.n_heads_at(kind, prefix) for prefix in self.anatomy.towers for kind in HEAD_KINDS
+        }
+        return edit.taps(self.site_names(edit.site), n_heads)
+
+    @torch.no_grad()
+    def last_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the last position of prompts of equal length; the others are not computed. No check for NaN."""
+        return self._forward({"input_ids": tokens.to(self.device)}, 1)[:, -1]
 
     def run_with_gradients(
         self,

@@ -51,6 +51,8 @@ SITE_DIMS: dict[str, tuple[str, ...]] = {
 }
 """Axes of each site; `head` is the key/value head for k, v and rot_k."""
 
+HEAD_KINDS = tuple(kind for kind, dims in SITE_DIMS.items() if "head" in dims)
+
 ALIASES = {"pre": "mlp_pre", "post": "mlp_post", "scores": "attn_scores", "hook_embed": "embed"}
 """Further short forms that TransformerLens users type."""
 
