@@ -157,7 +157,8 @@ _VIT = BlockLayout(
     down="mlp.fc2",
 )
 _DINOV2 = replace(_VIT, ln1="norm1", ln2="norm2", attn_post="layer_scale1", mlp_post="layer_scale2")
-_DINOV2_GATED = replace(_DINOV2, up=None, gate_up="mlp.weights_in", down="mlp.weights_out")
+_DINOV2_GATED = replace(_DINOV2, gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+_DINOV2_FUSED_GATE = replace(_DINOV2, up=None, gate_up="mlp.weights_in", down="mlp.weights_out")
 _CLIP = replace(_VIT, **_attention("self_attn", "out_proj"), ln1="layer_norm1", ln2="layer_norm2")
 _QWEN2_VISION = replace(
     _CLIP, q=None, k=None, v=None, attn="attn", qkv="attn.qkv", o="attn.proj", ln1="norm1", ln2="norm2"
@@ -215,6 +216,7 @@ FAMILIES: dict[str, Family] = {
 LAYOUTS: tuple[BlockLayout, ...] = (
     *dict.fromkeys(family.layout for family in FAMILIES.values()),
     _DINOV2_GATED,
+    _DINOV2_FUSED_GATE,
 )
 ATTENTION_PATHS: tuple[str, ...] = tuple(dict.fromkeys(layout.attn for layout in LAYOUTS))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class Edit:
     """
 
     site: SitePattern
-    value: float | Tensor | Literal["mean"] | None = None
+    value: float | Tensor | str | None = None
     add: float | Tensor | None = None
     scale: float | Tensor | None = None
     fn: Callable[[Tensor], Tensor] | None = None

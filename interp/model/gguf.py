@@ -73,4 +73,3 @@ def _one_line_errors(path: Path) -> Iterator[None]:
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, struct.error) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as GGUF (is it whole?): {reason}") from error
-

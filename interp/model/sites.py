@@ -53,13 +53,19 @@ SITE_DIMS: dict[str, tuple[str, ...]] = {
 
 HEAD_KINDS = tuple(kind for kind, dims in SITE_DIMS.items() if "head" in dims)
 
-ALIASES = {"pre": "mlp_pre", "post": "mlp_post", "scores": "attn_scores", "hook_embed": "embed"}
+ALIASES = {"pre": "mlp_pre", "post": "mlp_post", "scores": "attn_scores"}
 """Further short forms that TransformerLens users type."""
 
 LAYERLESS = ("embed", "ln_final")
 INSIDE_ATTENTION = ("rot_q", "rot_k", "attn_scores", "pattern")
 
 _BY_PATTERN = [(kind, re.compile(re.escape(name).replace(r"\{layer\}", r"(\d+)"))) for kind, name in SITE_NAMES.items()]
+
+
+def short_form(name: str) -> str:
+    """The short form that a name stands for: "z" for "z" and "hook_z", "mlp_post" for "post"."""
+    name = name.removeprefix("hook_")
+    return ALIASES.get(name, name)
 
 
 class SiteUnavailable(ValueError):
@@ -83,9 +89,10 @@ class Site(str):
         Raises:
             ValueError: for an unknown kind, or a layer that is missing or out of place.
         """
-        kind = ALIASES.get(kind, kind)
+        given, kind = kind, short_form(kind)
         if kind not in SITE_NAMES:
-            raise ValueError(f"{kind!r} is not a site; {_nearest(kind, SITE_NAMES)}")
+            prefix = "hook_" if given.startswith("hook_") else ""
+            raise ValueError(f"{given!r} is not a site; {_nearest(given, [prefix + name for name in SITE_NAMES])}")
         if (layer is None) != (kind in LAYERLESS):
             raise ValueError(f"site {kind!r} {'takes no layer' if layer is not None else 'needs a layer'}")
         site = super().__new__(cls, tower + SITE_NAMES[kind].format(layer=layer))
@@ -136,7 +143,7 @@ def select_sites(pattern: SitePattern, available: Sequence[Site]) -> list[Site]:
 
 
 def _matching(pattern: str, available: Sequence[Site]) -> set[Site]:
-    kind = ALIASES.get(pattern, pattern)
+    kind = short_form(pattern)
     if kind in SITE_NAMES:
         found = {site for site in available if site.kind == kind and site.tower == ""}
     else:

@@ -1,0 +1,67 @@
+"""Results as labelled arrays: named dims, token strings beside positions, and how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+import xarray as xr
+from torch import Tensor
+
+from interp.model import Model
+from interp.tasks import Task
+
+
+def labelled(
+    values: Tensor,
+    dims: Sequence[str],
+    model: Model,
+    task: Task,
+    attrs: Mapping[str, Any],
+    *,
+    layers: Sequence[int | None],
+) -> xr.DataArray:
+    """A DataArray of values over a task.
+
+    Args:
+        values: any shape.
+        dims: one name an axis. Beside "position", `token` holds the first clean prompt's tokens and `label` what stands
+            there over all prompts (a key position's name where tokens differ); query and key get `query_token`, ...
+        layers: the layer of each entry of a "layer" axis.
+        attrs: what the method says of itself; model, task, seed, sizes and versions are added.
+    """
+    coords: dict[str, Any] = {dim: range(length) for dim, length in zip(dims, values.shape, strict=True)}
+    if "layer" in dims:
+        coords["layer"] = list(layers)
+    for dim in ("position", "query", "key"):
+        if dim in dims:
+            name = "token" if dim == "position" else f"{dim}_token"
+            coords[name] = (dim, list(task.str_tokens[0]))
+        if dim == "position" and dim in dims:
+            coords["label"] = (dim, list(task.position_labels))
+    return xr.DataArray(
+        values.float().numpy(),
+        dims=tuple(dims),
+        coords=coords,
+        name="effect",
+        attrs={**provenance(model, task), **attrs},
+    )
+
+
+def provenance(model: Model, task: Task) -> dict[str, Any]:
+    """Attrs that every result carries: what was run on what, with which versions. All of them survive netCDF."""
+    import interp
+
+    return {
+        "model": model.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "task": task.name,
+        "n_prompts": len(task),
+        "seed": -1 if task.seed is None else task.seed,
+        "interp": interp.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,114 @@
+"""Counterfactual runs the plain way: every variant is one whole forward pass with hooks, several variants to a batch.
+
+Slow and obvious on purpose: what faster ways are held against. A variant is a prompt and its edits; a variant costs one
+row of a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from interp.model import Edit, Model, Site
+from interp.model.hooks import Run, Tap, tapped
+
+TOKENS_A_BATCH = 1024
+"""Rows are batched up to about this many tokens: on a CPU the matrix products are then near their best rate."""
+
+Read = Callable[[Float[Tensor, "row d_vocab"], Int[Tensor, " row"]], Float[Tensor, "row ..."]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One counterfactual run: the index of a prompt, and the edits to it (without `rows`)."""
+
+    prompt: int
+    edits: tuple[Edit, ...]
+
+
+@torch.no_grad()
+def run_variants(
+    model: Model,
+    prompts: Int[Tensor, "prompt pos"],
+    variants: Sequence[Variant],
+    read: Read,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    description: str = "patching",
+) -> Float[Tensor, "variant ..."]:
+    """What `read` makes of the logits at the last position of each variant.
+
+    Args:
+        model: the model.
+        prompts: token ids of the base prompts.
+        variants: the runs.
+        read: from last-position logits [row, d_vocab] and the prompt index of each row to the values kept, [row, ...].
+        batch_size: rows a forward pass; by default about `TOKENS_A_BATCH` tokens.
+        progress: show a progress bar; None: in a terminal or notebook only.
+        description: what the bar says.
+
+    Returns:
+        The values of each variant in the order given, float32.
+
+    Raises:
+        FloatingPointError: if a value is NaN or infinite, naming the edits of the first such variant.
+    """
+    rows = batch_size or max(1, TOKENS_A_BATCH // prompts.shape[1])
+    values = []
+    bar = tqdm(
+        total=len(variants),
+        desc=description,
+        unit="run",
+        disable=None if progress is None else not progress,
+        leave=False,
+    )
+    with bar:
+        for start in range(0, len(variants), rows):
+            chunk = variants[start : start + rows]
+            which = torch.tensor([variant.prompt for variant in chunk])
+            with tapped(model.anatomy, _row_taps(model, chunk)):
+                logits = model.last_logits(prompts[which])
+            value = read(logits, which.to(logits.device)).float()
+            _check_finite(value, chunk)
+            values.append(value)
+            bar.update(len(chunk))
+    return torch.cat(values)
+
+
+def _row_taps(model: Model, chunk: Sequence[Variant]) -> list[Tap]:
+    """One tap a site, which applies to each row the edits of its variant."""
+    by_site: dict[Site, list[tuple[int, Callable[[Tensor, Run], Tensor | None]]]] = defaultdict(list)
+    for row, variant in enumerate(chunk):
+        for edit in variant.edits:
+            for tap in model.edit_taps(edit):
+                by_site[tap.site].append((row, tap.fn))
+    return [Tap(site, _edit_rows(changes)) for site, changes in by_site.items()]
+
+
+def _edit_rows(
+    changes: Sequence[tuple[int, Callable[[Tensor, Run], Tensor | None]]],
+) -> Callable[[Tensor, Run], Tensor]:
+    def apply(activation: Tensor, run: Run) -> Tensor:
+        edited = activation.clone()
+        for row, fn in changes:
+            new = fn(edited[row : row + 1], run)
+            if new is not None:
+                edited[row : row + 1] = new
+        return edited
+
+    return apply
+
+
+def _check_finite(value: Tensor, chunk: Sequence[Variant]) -> None:
+    bad = ~torch.isfinite(value).reshape(len(chunk), -1).all(-1)
+    if bool(bad.any()):
+        variant = chunk[int(bad.nonzero()[0])]
+        sites = ", ".join(str(edit.site) for edit in variant.edits)
+        raise FloatingPointError(f"the metric is NaN or infinite for prompt {variant.prompt} with an edit at {sites}")
