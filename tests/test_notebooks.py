@@ -1,0 +1,24 @@
+"""Every notebook runs from top to bottom."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
+    failed = [
+        cell for cell in notebook.cells if any(output.output_type == "error" for output in cell.get("outputs", []))
+    ]
+    assert not failed
+    assert all(not cell.outputs for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"), (
+        "notebooks are stored without outputs"
+    )
