@@ -7,6 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 CORE := .venv/.installed-core
 DEVELOP := .venv/.installed-develop
+BENCHMARKS := $(filter-out benchmarks/machine.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench notebooks clean
@@ -26,8 +27,8 @@ lint: $(DEVELOP) ## ruff, import layering, types
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-bench: $(DEVELOP) ## run every benchmark against its peers and print the tables
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(DEVELOP) ## run every benchmark against its peers; tables go to benchmarks/results
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --out benchmarks/results/$$(basename $$script .py).md; done
 
 notebooks: $(DEVELOP) ## execute the notebooks from top to bottom, into build/notebooks
 	$(BIN)/python -m jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb

@@ -158,7 +158,6 @@ _VIT = BlockLayout(
 )
 _DINOV2 = replace(_VIT, ln1="norm1", ln2="norm2", attn_post="layer_scale1", mlp_post="layer_scale2")
 _DINOV2_GATED = replace(_DINOV2, gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
-_DINOV2_FUSED_GATE = replace(_DINOV2, up=None, gate_up="mlp.weights_in", down="mlp.weights_out")
 _CLIP = replace(_VIT, **_attention("self_attn", "out_proj"), ln1="layer_norm1", ln2="layer_norm2")
 _QWEN2_VISION = replace(
     _CLIP, q=None, k=None, v=None, attn="attn", qkv="attn.qkv", o="attn.proj", ln1="norm1", ln2="norm2"
@@ -216,7 +215,6 @@ FAMILIES: dict[str, Family] = {
 LAYOUTS: tuple[BlockLayout, ...] = (
     *dict.fromkeys(family.layout for family in FAMILIES.values()),
     _DINOV2_GATED,
-    _DINOV2_FUSED_GATE,
 )
 ATTENTION_PATHS: tuple[str, ...] = tuple(dict.fromkeys(layout.attn for layout in LAYOUTS))
 

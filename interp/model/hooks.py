@@ -114,7 +114,7 @@ def _attention_tap(point: Point, fn: TapFn, run: Run) -> AttentionTap:
 
 def _transform(raw: Tensor, group: Sequence[tuple[Point, TapFn]], run: Run) -> Tensor:
     """Pass a raw tensor through its taps in turn; the same object comes back if none replaced anything."""
-    shaped = raw.view(*run.lead, -1) if raw.dim() == 2 else raw
+    shaped = _with_batch_and_position(raw, run)
     current = shaped
     for point, fn in group:
         activation = point.read(current)
@@ -122,6 +122,13 @@ def _transform(raw: Tensor, group: Sequence[tuple[Point, TapFn]], run: Run) -> T
         if new is not None:
             current = point.write(current, new)
     return raw if current is shaped else current.reshape(raw.shape)
+
+
+def _with_batch_and_position(raw: Tensor, run: Run) -> Tensor:
+    """A raw tensor with both axes: some families flatten them inside a block, some norm one pooled vector a prompt."""
+    if raw.dim() > 2:
+        return raw
+    return raw.view(*run.lead, -1) if len(raw) == run.lead[0] * run.lead[1] else raw[:, None]
 
 
 def _register_input(module: nn.Module, group: list[tuple[Point, TapFn]], tower: Tower, run: Run, owner: int) -> Any:
@@ -158,7 +165,7 @@ def _add_result_change(z: Tensor, output: Tensor, point: Point, fn: TapFn, tower
     """Head results exist only on request; a changed one changes the projection's output by the difference."""
     assert point.site.layer is not None
     block = tower.blocks[point.site.layer]
-    results = head_results(z.view(*run.lead, -1) if z.dim() == 2 else z, block, tower)
+    results = head_results(_with_batch_and_position(z, run), block, tower)
     new = fn(results, run)
     if new is None:
         return output

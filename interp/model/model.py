@@ -188,7 +188,7 @@ class Model:
     # Calls
 
     @torch.no_grad()
-    def __call__(self, prompts: Prompts, *, logits_to_keep: int = 0) -> Float[Tensor, "batch kept d_vocab"]:
+    def __call__(self, prompts: Prompts, *, logits_to_keep: int = 0) -> Float[Tensor, "batch *kept d_vocab"]:
         """Logits (the last hidden state for a model without a language-model head).
 
         Args:
@@ -215,7 +215,7 @@ class Model:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         logits_to_keep: int = 0,
-    ) -> tuple[Float[Tensor, "batch kept d_vocab"], Cache]:
+    ) -> tuple[Float[Tensor, "batch *kept d_vocab"], Cache]:
         """Logits and the activations of the sites asked for; nothing else is kept.
 
         Args:
@@ -240,7 +240,7 @@ class Model:
     @torch.no_grad()
     def run_with_hooks(
         self, prompts: Prompts, fwd_hooks: Sequence[tuple[SitePattern, Hook]] = (), *, logits_to_keep: int = 0
-    ) -> Float[Tensor, "batch kept d_vocab"]:
+    ) -> Float[Tensor, "batch *kept d_vocab"]:
         """Logits of a run in which functions see, and may change, activations; TransformerLens's meaning.
 
         Args:

@@ -135,7 +135,7 @@ def _tower(hf: nn.Module, prefix: str, path: str, modules: nn.ModuleList) -> Tow
         post_norm=layout_family.post_norm(config),
         residual_multiplier=float(layout_family.residual_multiplier(config)),
         overwrites_mlp_out=layout_family.overwrites_mlp_out,
-        uses_attention_interface=modeling_module(blocks[0].attn, "ALL_ATTENTION_FUNCTIONS") is not None,
+        uses_attention_interface=_uses_attention_interface(blocks[0].attn, config),
     )
 
 
@@ -146,6 +146,12 @@ def modeling_module(attn: nn.Module, name: str) -> Any | None:
         if found is not None and cls.__module__ != "torch.nn.modules.module":
             return found
     return None
+
+
+def _uses_attention_interface(attn: nn.Module, config: Any) -> bool:
+    # GPT-2 with reorder_and_upcast_attn goes round the interface whenever the implementation is called "eager".
+    upcasts = getattr(config, "reorder_and_upcast_attn", False)
+    return modeling_module(attn, "ALL_ATTENTION_FUNCTIONS") is not None and not upcasts
 
 
 def _tower_config(hf: nn.Module, parent_path: str) -> Any:

@@ -10,19 +10,26 @@ from dataclasses import replace
 
 import transformers as hf
 
+from tests.model.encoders import ENCODERS, clip
 from tests.model.family import (
-    IMAGE_SIZE,
+    D_HEAD,
+    D_MLP,
+    D_MODEL,
     IMAGE_TOKEN,
+    LOCAL_GLOBAL,
+    N_HEADS,
+    N_KV_HEADS,
+    N_LAYERS,
     PATCH,
+    SIZES,
+    SPECIAL,
+    VOCABULARY,
+    WINDOW,
     Family,
-    finish_bert,
     finish_bloom,
-    finish_distilbert,
     finish_olmo2,
     finish_opt,
     finish_opt_post_norm,
-    image,
-    padded_text,
     pre_norm,
     text,
     text_after_prefix,
@@ -30,22 +37,7 @@ from tests.model.family import (
     text_with_patches,
 )
 
-N_LAYERS, N_HEADS, N_KV_HEADS, D_MODEL, D_HEAD, D_MLP, VOCABULARY, WINDOW = 3, 4, 2, 32, 12, 40, 61, 4
-LOCAL_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
-
-_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": D_MODEL,
-    "intermediate_size": D_MLP,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": N_HEADS,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GROUPED = _SIZES | {"num_key_value_heads": N_KV_HEADS}
+_GROUPED = SIZES | {"num_key_value_heads": N_KV_HEADS}
 _WIDE = _GROUPED | {"head_dim": D_HEAD}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
@@ -62,7 +54,7 @@ gpt2 = Family(
         n_layer=N_LAYERS,
         n_inner=D_MLP,
         n_positions=32,
-        **_SPECIAL,
+        **SPECIAL,
     ),
     text,
     blocks="transformer.h",
@@ -83,7 +75,7 @@ gpt_neo = replace(
         max_position_embeddings=32,
         window_size=WINDOW,
         attention_types=[[["local", "global", "local"], 1]],
-        **_SPECIAL,
+        **SPECIAL,
     ),
     attn="attn.attention",
     o="attn.attention.out_proj",
@@ -101,7 +93,7 @@ gptj = replace(
 gpt_neox = Family(
     "gpt_neox",
     hf.GPTNeoXForCausalLM,
-    _SIZES | {"attention_bias": True, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    SIZES | {"attention_bias": True, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     text,
     blocks="gpt_neox.layers",
     finish=None,
@@ -111,7 +103,7 @@ gpt_neox = Family(
 opt = Family(
     "opt",
     hf.OPTForCausalLM,
-    {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"ffn_dim": D_MLP, "word_embed_proj_dim": D_MODEL},
+    {k: v for k, v in SIZES.items() if k != "intermediate_size"} | {"ffn_dim": D_MLP, "word_embed_proj_dim": D_MODEL},
     text,
     blocks="model.decoder.layers",
     finish=finish_opt,
@@ -133,7 +125,7 @@ falcon = replace(
     bloom,
     name="falcon",
     architecture=hf.FalconForCausalLM,
-    config=_SIZES | {"ffn_hidden_size": D_MLP, "bias": True},
+    config=SIZES | {"ffn_hidden_size": D_MLP, "bias": True},
     finish=None,
 )
 qwen2 = replace(
@@ -191,59 +183,6 @@ cohere = replace(
     architecture=hf.CohereForCausalLM,
     config=_GROUPED | {"logit_scale": 0.3, "attention_bias": True},
     finish=None,
-)
-bert = Family(
-    "bert",
-    hf.BertForMaskedLM,
-    _SIZES,
-    padded_text,
-    blocks="bert.encoder.layer",
-    finish=finish_bert,
-    attn="attention.self",
-    o="attention.output.dense",
-    attn_input="resid_pre",
-    post_norm=True,
-    causal=False,
-)
-vit = Family(
-    "vit",
-    hf.ViTForImageClassification,
-    {
-        "hidden_size": D_MODEL,
-        "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": N_HEADS,
-        "intermediate_size": D_MLP,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH,
-        "num_labels": 5,
-    },
-    image,
-    blocks="vit.layers",
-    finish=pre_norm("layernorm_after"),
-    attn="attention",
-    o="attention.o_proj",
-    causal=False,
-)
-dinov2 = replace(
-    vit,
-    name="dinov2",
-    architecture=hf.Dinov2ForImageClassification,
-    config={k: v for k, v in vit.config.items() if k != "intermediate_size"} | {"mlp_ratio": 1},
-    blocks="dinov2.encoder.layer",
-    finish=pre_norm("norm2", post="layer_scale2"),
-    attn_post="layer_scale1",
-    mlp_post="layer_scale2",
-)
-clip = replace(
-    vit,
-    name="clip",
-    architecture=hf.CLIPVisionModel,
-    config={k: v for k, v in vit.config.items() if k != "num_labels"} | {"projection_dim": D_MODEL},
-    blocks="encoder.layers",
-    finish=pre_norm("layer_norm2"),
-    attn="self_attn",
-    o="self_attn.out_proj",
-    pooled_norm=True,
 )
 _TEXT_PART = {"blocks": "model.language_model.layers"}
 
@@ -404,36 +343,7 @@ _ALL = [
         },
         experts=True,
     ),
-    bert,
-    replace(bert, name="roberta", architecture=hf.RobertaForMaskedLM, blocks="roberta.encoder.layer"),
-    replace(
-        bert,
-        name="distilbert",
-        architecture=hf.DistilBertForMaskedLM,
-        config={
-            "vocab_size": VOCABULARY,
-            "dim": D_MODEL,
-            "hidden_dim": D_MLP,
-            "n_layers": N_LAYERS,
-            "n_heads": N_HEADS,
-            "max_position_embeddings": 32,
-        },
-        blocks="distilbert.transformer.layer",
-        finish=finish_distilbert,
-        attn="attention",
-        o="attention.out_lin",
-    ),
-    vit,
-    dinov2,
-    replace(dinov2, name="dinov2-gated", config=dinov2.config | {"use_swiglu_ffn": True, "mlp_ratio": 2}),
-    replace(
-        dinov2,
-        name="dinov2_with_registers",
-        architecture=hf.Dinov2WithRegistersForImageClassification,
-        config=dinov2.config | {"num_register_tokens": 2},
-        blocks="dinov2_with_registers.encoder.layer",
-    ),
-    clip,
+    *ENCODERS,
     replace(
         llama,
         name="llava",

@@ -16,6 +16,20 @@ from torch import Tensor, nn
 
 N_POSITIONS, IMAGE_SIZE, PATCH = 9, 8, 4
 IMAGE_TOKEN = 60
+N_LAYERS, N_HEADS, N_KV_HEADS, D_MODEL, D_HEAD, D_MLP, VOCABULARY, WINDOW = 3, 4, 2, 32, 12, 40, 61, 4
+LOCAL_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_MLP,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": N_HEADS,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 Finish = Callable[[nn.Module, Tensor], Tensor]
 """(block, resid_mid) -> what the block hands to the next one."""
