@@ -1,6 +1,7 @@
 """Which invariant holds for which family: runs `tests/model/test_families.py` and writes its outcome as a table.
 
-`python benchmarks/families.py [--out benchmarks/results/families.md]`: about a minute on one core. The exit code is that of pytest.
+`python benchmarks/families.py [--out benchmarks/results/families.md]`: about a minute on one core. The exit
+code is that of pytest.
 """
 
 from __future__ import annotations

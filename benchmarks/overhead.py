@@ -1,7 +1,7 @@
-"""What caching costs: `run_with_cache` of all residual streams and z against the plain forward pass, beside TransformerLens.
+"""What caching costs: `run_with_cache` of all residual streams and z, and TransformerLens's, beside the plain forward.
 
-`python benchmarks/overhead.py [--out benchmarks/results/overhead.md]`: SmolLM2-135M, float32, one prompt of 14 tokens and a
-batch of 16. All four are timed in turn in one run; the numbers are medians.
+`python benchmarks/overhead.py [--out benchmarks/results/overhead.md]`: SmolLM2-135M, float32, one prompt of 14 tokens
+and a batch of 16. All four are timed in turn in one run; the numbers are medians.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
     bridge = TransformerBridge.boot_transformers("smollm2", hf_model=bridged, tokenizer=model.tokenizer, device="cpu")
     lines = [
         "# Overhead of caching\n",
-        f"{describe()}; SmolLM2-135M, float32; median of {options.repeats} interleaved runs; sites: all residual streams "
-        "and z (120 activations).\n",
+        f"{describe()}; SmolLM2-135M, float32; median of {options.repeats} interleaved runs; sites: all residual "
+        "streams and z (120 activations).\n",
         "| batch x tokens | run | ms | ratio to plain |",
         "|---|---|---|---|",
     ]
