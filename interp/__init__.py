@@ -9,20 +9,28 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interp.model import Cache, Edit, Model, Site, SiteUnavailable, UnsupportedModel
+if TYPE_CHECKING:
+    from interp.model import Cache, Edit, Model, Site, SiteUnavailable, UnsupportedModel
+    from interp.model.load import load
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Edit", "Model", "Site", "SiteUnavailable", "UnsupportedModel", "load"]
 
-_ROOMS = ("heads", "metrics", "patching", "report", "tasks")
+_ROOMS = ("heads", "metrics", "model", "patching", "report", "tasks")
 
 
 def __getattr__(name: str) -> Any:
-    """Rooms, and `load`, are imported when first used."""
+    """Rooms and names are imported when first used: torch and transformers take seconds."""
     if name == "load":
         return importlib.import_module("interp.model.load").load
+    if name in __all__:
+        return getattr(importlib.import_module("interp.model"), name)
     if name in _ROOMS:
         return importlib.import_module(f"interp.{name}")
     raise AttributeError(f"module 'interp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.heads.effects import model_provenance
 from interp.heads.weights import by_query_head, check_linear, norm_of, value_weights
 from interp.model import Model
+from interp.patching.labels import model_provenance
 
 Kind = Literal["Q", "K", "V"]
 
@@ -36,7 +36,7 @@ def composition(model: Model, kind: Kind, *, progress: bool | None = None) -> xr
         DataArray [layer_from, head_from, layer_to, head_to]; NaN unless layer_from < layer_to.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Checked against dense products in
-    tests/heads/test_weights.py.
+    tests/heads/test_composition.py.
     """
     started = time.perf_counter()
     if kind not in ("Q", "K", "V"):

@@ -9,11 +9,11 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.heads.effects import model_provenance
 from interp.heads.lens import ROWS_AT_ONCE
 from interp.heads.rows import token_groups
 from interp.heads.weights import by_query_head, check_linear, norm_of, value_weights
 from interp.model import Model
+from interp.patching.labels import model_provenance
 from interp.tasks import Task
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
@@ -54,20 +53,6 @@ def effect_dataset(
         coords={**numbered, **({"prompt": range(len(task))} if per_prompt else {}), **(coords or {})},
         attrs={**provenance(model, task), "interval": LEVEL, **attrs},
     )
-
-
-def model_provenance(model: Model) -> dict[str, Any]:
-    """The attrs of a result that belongs to no task: model and versions."""
-    import interp
-
-    return {
-        "model": model.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "interp": interp.__version__,
-        "torch": str(torch.__version__),  # a TorchVersion, which netCDF cannot hold
-        "transformers": transformers.__version__,
-    }
 
 
 def in_prompt_order(groups: Sequence[Task], parts: Sequence[Tensor]) -> Float[Tensor, "prompt ..."]:

@@ -10,9 +10,9 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.heads.effects import model_provenance
 from interp.heads.rows import Measure, row_means
 from interp.model import Model, Site
+from interp.patching.labels import model_provenance
 
 SCORES = ("previous_token", "induction", "duplicate_token", "current_token", "first_token")
 

@@ -10,10 +10,9 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.heads.effects import model_provenance
 from interp.heads.rows import Measure, row_means, token_groups
 from interp.model import Model
-from interp.patching.labels import provenance
+from interp.patching.labels import model_provenance, provenance
 from interp.tasks import Task
 
 MIN_KEYS = 8

@@ -50,18 +50,25 @@ def labelled(
     )
 
 
-def provenance(model: Model, task: Task) -> dict[str, Any]:
-    """Attrs that every result carries: what was run on what, with which versions. All of them survive netCDF."""
+def model_provenance(model: Model) -> dict[str, Any]:
+    """The attrs of a result that belongs to no task: model and versions."""
     import interp
 
     return {
         "model": model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "interp": interp.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion, which netCDF cannot hold
+        "transformers": transformers.__version__,
+    }
+
+
+def provenance(model: Model, task: Task) -> dict[str, Any]:
+    """Attrs that every result carries: what was run on what, with which versions. All of them survive netCDF."""
+    return {
+        **model_provenance(model),
         "task": task.name,
         "n_prompts": len(task),
         "seed": -1 if task.seed is None else task.seed,
-        "interp": interp.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -34,6 +35,8 @@ def heads(
 ) -> Path:
     """Find out by exact interventions which attention heads matter for a behaviour, and write a report.
 
+    A call that is interrupted leaves its finished parts in a folder beside `path`; the same call goes on from there.
+
     Cost: see `interp.report.head_study`; about four minutes for SmolLM2-135M on two CPU cores.
 
     Args:
@@ -58,6 +61,7 @@ def heads(
     path = check_target(path)
     chosen = check_format(format or path.suffix.removeprefix(".") or "html")
     called = f"interp.report.heads(model, {task.name}, {path.name!r}, seed={seed})"
+    parts = path.with_name(f".{path.name}.parts")
     study = head_study(
         model,
         task,
@@ -65,9 +69,13 @@ def heads(
         n_maps=n_maps,
         seed=seed,
         command=command or called,
+        keep_parts=parts,
         progress=progress,
     )
-    return write_study(study, path, format=chosen)
+    write_study(study, path, format=chosen)
+    if parts.is_dir():
+        shutil.rmtree(parts)
+    return path
 
 
 def check_format(name: str) -> Format:

@@ -19,6 +19,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from interp.patching import activation_patching
 from interp.report.figures import head_label
 from interp.report.machine import describe_run
 from interp.report.measures import extreme_heads
+from interp.report.resume import Parts, fingerprint
 from interp.tasks import Task, accuracy
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def head_study(
     n_direct: int = 32,
     seed: int = 0,
     command: str = "",
+    keep_parts: Path | None = None,
     progress: bool | None = None,
 ) -> xr.Dataset:
     """Which heads matter for a behaviour, and what they do.
@@ -68,6 +71,7 @@ def head_study(
         n_direct: prompts for logit lens and direct logit attribution.
         seed: of bootstrap intervals and of the random tokens that attention is scored on.
         command: how the study was asked for, kept in its attrs.
+        keep_parts: a folder for finished parts: the same call takes them from there instead of computing them again.
         progress: show progress bars; None: in a terminal or notebook only.
 
     Returns:
@@ -95,10 +99,13 @@ def head_study(
     if bool((task.wrong < 0).all(-1).any()):
         # Direct effects split logit(answer) − logit(wrong), and this task names no wrong answer.
         parts = {name: compute for name, compute in parts.items() if name not in ("layers", "backup")}
+    sizes = {"n_interventions": n_interventions, "n_maps": n_maps, "n_direct": n_direct, "seed": seed}
+    kept = Parts(keep_parts, fingerprint(model, task, sizes))
     seconds: dict[str, float] = {}
     for name, compute in parts.items():
         started = time.perf_counter()
-        found = found.merge(compute(), compat="identical", join="outer")
+        part = kept.get(name, lambda compute=compute: xr.Dataset(compute()))  # type: ignore[misc]
+        found = found.merge(part, compat="identical", join="outer")
         seconds[name] = round(time.perf_counter() - started, 2)
         logger.info("%s: %.1f s", name, seconds[name])
     return found.assign_attrs(

@@ -54,8 +54,7 @@ def test_a_head_writes_its_result_through_the_frozen_norm(tiny_llama, task_llama
 
 
 def test_a_head_writes_through_the_norm_after_attention(tiny_tokenizer) -> None:
-    """Ablating nothing but the direct path: resid_post less the head's share of attn_out, norms frozen, by
-    autograd-free arithmetic on Gemma 2's own formula."""
+    """By Gemma 2's own formula: both norms frozen at the scale of the run."""
     model = make("gemma2", tiny_tokenizer)
     task = task_for(model)
     _, cache = model.run_with_cache(task.clean)
