@@ -6,6 +6,7 @@ row of a forward pass.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from tqdm.auto import tqdm
 
 from interp.model import Edit, Model, Site
 from interp.model.hooks import Run, Tap, tapped
+
+logger = logging.getLogger(__name__)
 
 TOKENS_A_BATCH = 1024
 """Rows are batched up to about this many tokens: on a CPU the matrix products are then near their best rate."""
@@ -59,27 +62,46 @@ def run_variants(
 
     Raises:
         FloatingPointError: if a value is NaN or infinite, naming the edits of the first such variant.
+        MemoryError: if a single prompt does not fit; when a batch does not, smaller ones are tried.
     """
     rows = batch_size or max(1, TOKENS_A_BATCH // prompts.shape[1])
-    values = []
-    bar = tqdm(
-        total=len(variants),
-        desc=description,
-        unit="run",
-        disable=None if progress is None else not progress,
-        leave=False,
-    )
-    with bar:
-        for start in range(0, len(variants), rows):
-            chunk = variants[start : start + rows]
-            which = torch.tensor([variant.prompt for variant in chunk])
-            with tapped(model.anatomy, _row_taps(model, chunk)):
-                logits = model.last_logits(prompts[which])
-            value = read(logits, which.to(logits.device)).float()
-            _check_finite(value, chunk)
-            values.append(value)
+    values: list[Tensor] = []
+    done = 0
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(variants), desc=description, unit="run", disable=hidden, leave=False) as bar:
+        while done < len(variants):
+            chunk = variants[done : done + rows]
+            try:
+                values.append(_run_batch(model, prompts, chunk, read))
+            except torch.OutOfMemoryError as error:
+                rows = _smaller_batch(len(chunk), prompts.shape[1], error)
+                continue
+            done += len(chunk)
             bar.update(len(chunk))
     return torch.cat(values)
+
+
+def _run_batch(
+    model: Model, prompts: Int[Tensor, "prompt pos"], chunk: Sequence[Variant], read: Read
+) -> Float[Tensor, "variant ..."]:
+    which = torch.tensor([variant.prompt for variant in chunk])
+    with tapped(model.anatomy, _row_taps(model, chunk)):
+        logits = model.last_logits(prompts[which])
+    value = read(logits, which.to(logits.device)).float()
+    _check_finite(value, chunk)
+    return value
+
+
+def _smaller_batch(rows: int, length: int, error: torch.OutOfMemoryError) -> int:
+    """Half as many rows.
+
+    Raises:
+        MemoryError: if even one prompt does not fit.
+    """
+    if rows == 1:
+        raise MemoryError(f"one prompt of {length} tokens does not fit into memory: {error}") from error
+    logger.warning("out of memory with %d prompts at once: going on with %d", rows, rows // 2)
+    return rows // 2
 
 
 def _row_taps(model: Model, chunk: Sequence[Variant]) -> list[Tap]:

@@ -46,6 +46,7 @@ th[aria-sort=descending] button::after { content: " ↓"; }
 .token { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #eaf1f8; border-radius: 3px;
   padding: .06em .3em; white-space: pre-wrap;
   display: inline-block; max-width: 100%; }
+td .token { white-space: pre; max-width: none; }
 dl { display: grid; grid-template-columns: minmax(8em, max-content) 1fr; gap: .3em 1.2em; font-size: .92rem; }
 dt { color: var(--soft); }
 dd { margin: 0; }

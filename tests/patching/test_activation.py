@@ -260,3 +260,21 @@ def test_the_model_is_left_as_found(model, task):
 
 def interrupt(activation):
     raise KeyboardInterrupt
+
+
+def test_out_of_memory_means_smaller_batches_and_then_a_clear_error(model, task, monkeypatch):
+    variants = [Variant(prompt, (Edit("z", value=0.0, heads=[head]),)) for prompt in range(3) for head in range(4)]
+    expected = run_variants(model, task.clean, variants, lambda logits, prompt: logits)
+    last_logits, most = model.last_logits, 5
+
+    def limited(tokens):
+        if len(tokens) > most:
+            raise torch.OutOfMemoryError("no room")
+        return last_logits(tokens)
+
+    monkeypatch.setattr(model, "last_logits", limited)
+    found = run_variants(model, task.clean, variants, lambda logits, prompt: logits)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    most = 0
+    with pytest.raises(MemoryError, match=r"one prompt of 14 tokens does not fit"):
+        run_variants(model, task.clean, variants, lambda logits, prompt: logits)
