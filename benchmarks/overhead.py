@@ -35,7 +35,7 @@ def main() -> None:
     lines = [
         "# Overhead of caching\n",
         f"{describe()}; SmolLM2-135M, float32; median of {options.repeats} interleaved runs; sites: all residual "
-        "streams and z (120 activations).\n",
+        "streams and z (120 activations). The bridge switches its model to eager attention; the others run SDPA.\n",
         "| batch x tokens | run | ms | ratio to plain |",
         "|---|---|---|---|",
     ]
