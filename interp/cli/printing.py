@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def wrote(path: Path, seconds: float) -> None:
     """Say what was written."""
-    typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, {seconds:.0f} s)")
+    size = path.stat().st_size
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
+    typer.echo(f"wrote {path} ({shown}, {seconds:.0f} s)")
 
 
 def show_largest(effects: xr.DataArray) -> None:

@@ -83,7 +83,7 @@ def load(
     placement = device_map if device is None else {"": torch.device(device)}
     smollm2 = packaged_smollm2() if source == SMOLLM2 else None
     path = Path(source).expanduser() if smollm2 is None else smollm2
-    with _quiet_progress():
+    with _quiet():
         if path.suffix == ".gguf":
             loaded = _from_gguf(path, tokenizer, dtype=dtype or torch.float32, device_map=placement)
         else:
@@ -224,17 +224,22 @@ def _one_line_errors(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Hide transformers' progress bars, unless logging is on for `interp` (level INFO)."""
+def _quiet() -> Iterator[None]:
+    """Hide transformers' progress bars and the hub's retries, unless logging is on for `interp` (level INFO)."""
     shown, bar = transformers_logging.is_progress_bar_enabled(), legacy_gguf.tqdm
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_level = hub_logger.level
     if logger.isEnabledFor(logging.INFO):
         yield
         return
     transformers_logging.disable_progress_bar()
+    # Without a network each file is asked for six times, with a warning each time; the error at the end says it once.
+    hub_logger.setLevel(logging.ERROR)
     legacy_gguf.tqdm = partial(bar, disable=True)  # this one has no switch
     try:
         yield
     finally:
         legacy_gguf.tqdm = bar
+        hub_logger.setLevel(hub_level)
         if shown:
             transformers_logging.enable_progress_bar()
