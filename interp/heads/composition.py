@@ -10,11 +10,11 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp.heads.weights import by_query_head, check_linear, norm_of, value_weights
 from interp.model import Model
 from interp.patching.labels import model_provenance
+from interp.patching.progress import progress_bar
 
 Kind = Literal["Q", "K", "V"]
 
@@ -46,17 +46,16 @@ def composition(model: Model, kind: Kind, *, progress: bool | None = None) -> xr
     scores = np.full((n_layers, n_heads, n_layers, n_heads), np.nan, dtype=np.float32)
     writers = torch.stack([_thin(*value_weights(model, layer)).to(model.device) for layer in range(n_layers)])
     writer_norms = _frobenius(writers)
-    bar = tqdm(
-        range(1, n_layers), f"{kind}-composition", leave=False, disable=None if progress is None else not progress
-    )
-    for later in bar:
-        left, right = _reader_weights(model, later, kind)
-        # ‖L Rᵀ‖ = ‖L T‖ with T from the QR of R: the wide side shrinks to d_head.
-        reader = (left @ _triangle(right)).to(model.device)
-        reader_norms = _frobenius(_triangle(left).mT @ _triangle(right)).to(model.device)
-        products = torch.tensordot(writers[:later], reader, dims=([3], [1]))
-        norms = writer_norms[:later, :, None] * reader_norms
-        scores[:later, :, later] = (products.square().sum((2, 4)).sqrt() / norms).cpu().numpy()
+    with progress_bar(n_layers - 1, f"{kind}-composition", "layer", progress=progress) as bar:
+        for later in range(1, n_layers):
+            left, right = _reader_weights(model, later, kind)
+            # ‖L Rᵀ‖ = ‖L T‖ with T from the QR of R: the wide side shrinks to d_head.
+            reader = (left @ _triangle(right)).to(model.device)
+            reader_norms = _frobenius(_triangle(left).mT @ _triangle(right)).to(model.device)
+            products = torch.tensordot(writers[:later], reader, dims=([3], [1]))
+            norms = writer_norms[:later, :, None] * reader_norms
+            scores[:later, :, later] = (products.square().sum((2, 4)).sqrt() / norms).cpu().numpy()
+            bar.update()
     axes = {"layer_from": n_layers, "head_from": n_heads, "layer_to": n_layers, "head_to": n_heads}
     return xr.DataArray(
         scores,

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp.model import Model, Site
 from interp.model.hooks import Run, Tap, tapped
+from interp.patching.progress import progress_bar
 from interp.patching.reference import TOKENS_A_BATCH
 from interp.tasks import Task
 
@@ -61,8 +61,7 @@ def row_means(
                 totals.setdefault(name, blank)[layer] += amount.sum((0, 2)).cpu()
 
     total = sum(len(tokens) for tokens, _ in groups)
-    bar = tqdm(total=total, desc="reading attention", unit="prompt", leave=False, disable=_disabled(progress))
-    with bar:
+    with progress_bar(total, "reading attention", "prompt", progress=progress) as bar:
         for tokens, measure in groups:
             for rows in batches(len(tokens), tokens.shape[1], batch_size):
                 with tapped(model.anatomy, list(_pattern_taps(model, measure, rows, add))):
@@ -100,7 +99,3 @@ def _pattern_taps(
 
         yield Tap(Site("attn_scores", layer), see_scores)
         yield Tap(Site("pattern", layer), see_pattern)
-
-
-def _disabled(progress: bool | None) -> bool | None:
-    return None if progress is None else not progress

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp.model import Edit, Model, Site
 from interp.model.hooks import Run, Tap, tapped
+from interp.patching.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ def run_variants(
     rows = batch_size or max(1, TOKENS_A_BATCH // prompts.shape[1])
     values: list[Tensor] = []
     done = 0
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(variants), desc=description, unit="run", disable=hidden, leave=False) as bar:
+    with progress_bar(len(variants), description, "run", progress=progress) as bar:
         while done < len(variants):
             chunk = variants[done : done + rows]
             try:
