@@ -6,7 +6,7 @@ the metric and the divergence of the whole next-token distribution, so that meas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.heads.effects import in_prompt_order
-from interp.heads.rows import batches
 from interp.metrics import Metric, kl_divergence
 from interp.model import Edit, Model, Site
 from interp.patching import Variant, run_variants
 from interp.patching.activation import Ablation
+from interp.patching.batching import batches, mean_activations
 from interp.tasks import Task
 
 ABLATIONS: tuple[Ablation, ...] = ("zero", "mean", "resample")
@@ -65,13 +65,14 @@ def ablate_heads(
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation={ablation!r}; it is one of {', '.join(ABLATIONS)}")
     groups = task.by_length()
-    mean = _mean_z(model, groups, batch_size) if ablation == "mean" else []
+    sites = model.site_names("z")
+    mean = mean_activations(model, groups, sites, batch_size=batch_size) if ablation == "mean" else {}
     parts = []
     for group in groups:
         source = head_outputs(model, group.corrupted, batch_size) if ablation == "resample" else []
 
         def replacement(prompt: int, layer: int, source: list[Tensor] = source) -> float | Tensor:
-            return 0.0 if ablation == "zero" else mean[layer] if ablation == "mean" else source[layer][prompt]
+            return 0.0 if ablation == "zero" else mean[sites[layer]] if ablation == "mean" else source[layer][prompt]
 
         variants = _variants(model, len(group), replacement)
         clean_logits = torch.cat(
@@ -104,16 +105,6 @@ def head_outputs(model: Model, tokens: Int[Tensor, "prompt pos"], batch_size: in
         for rows in batches(len(tokens), tokens.shape[1], batch_size)
     ]
     return [torch.cat([cache["z", layer] for cache in caches]) for layer in range(model.n_layers)]
-
-
-def _mean_z(model: Model, groups: Sequence[Task], batch_size: int | None) -> list[Float[Tensor, "head d_head"]]:
-    """Mean z of each layer over all prompts and positions of the clean runs, accumulated in float32."""
-    totals: list[Tensor] = [torch.zeros(())] * model.n_layers
-    for group in groups:
-        for layer, z in enumerate(head_outputs(model, group.clean, batch_size)):
-            totals[layer] = totals[layer].to(z.device) + z.float().sum((0, 1))
-    count = sum(group.clean.numel() for group in groups)
-    return [(total / count).to(model.dtype) for total in totals]
 
 
 def _variants(model: Model, n_prompts: int, replacement: Callable[[int, int], float | Tensor]) -> list[Variant]:

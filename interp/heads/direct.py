@@ -20,9 +20,9 @@ from torch import Tensor
 
 from interp.heads.effects import effect_dataset, in_prompt_order
 from interp.heads.norms import LinearNorm, linear_norm
-from interp.heads.rows import batches
 from interp.metrics import PADDING
 from interp.model import Cache, Model, Site, UnsupportedModel
+from interp.patching.batching import batches
 from interp.tasks import Task
 
 By = Literal["head", "layer", "component"]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from interp.heads.ablation import ablate_heads
 from interp.heads.effects import effect_dataset, in_prompt_order
-from interp.heads.rows import batches
 from interp.metrics import Metric
 from interp.model import Model
 from interp.patching.activation import Ablation, resolve_metric
+from interp.patching.batching import batches
 from interp.tasks import Task
 
 

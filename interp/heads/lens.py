@@ -9,10 +9,10 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.heads.rows import batches
 from interp.metrics import Metric
 from interp.model import Model, Site, UnsupportedModel
 from interp.patching.activation import resolve_metric
+from interp.patching.batching import batches
 from interp.patching.labels import provenance
 from interp.tasks import Task
 

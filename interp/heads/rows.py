@@ -13,8 +13,8 @@ from torch import Tensor
 
 from interp.model import Model, Site
 from interp.model.hooks import Run, Tap, tapped
+from interp.patching.batching import batches
 from interp.patching.progress import progress_bar
-from interp.patching.reference import TOKENS_A_BATCH
 from interp.tasks import Task
 
 Pattern = Float[Tensor, "batch head query key"]
@@ -76,12 +76,6 @@ def row_means(
 def token_groups(prompts: Task | Int[Tensor, "prompt pos"]) -> list[Int[Tensor, "_ _"]]:
     """Token ids of equal length: the clean prompts of a task by length, or the tensor itself."""
     return [group.clean for group in prompts.by_length()] if isinstance(prompts, Task) else [prompts]
-
-
-def batches(n_prompts: int, length: int, batch_size: int | None) -> Iterator[slice]:
-    """Slices of about a thousand tokens each, or of `batch_size` prompts."""
-    step = batch_size or max(1, TOKENS_A_BATCH // length)
-    return (slice(start, start + step) for start in range(0, n_prompts, step))
 
 
 def _pattern_taps(

@@ -22,9 +22,10 @@ from torch import Tensor
 from interp.metrics import Metric, metric_named, normalised_effect
 from interp.model import Model, Site
 from interp.model.sites import LAYERLESS, SITE_DIMS
+from interp.patching.batching import batches, mean_activations
 from interp.patching.cells import AXES, Axis, cell_edit, grid, part
 from interp.patching.labels import labelled
-from interp.patching.reference import TOKENS_A_BATCH, Variant, run_variants
+from interp.patching.reference import Variant, run_variants
 from interp.tasks import Task
 
 Direction = Literal["denoise", "noise"]
@@ -84,7 +85,7 @@ def activation_patching(
     metric_name, metric_fn = resolve_metric(metric, task)
     sweep = _Sweep(model, sites, axes, direction, ablation, metric_fn, batch_size, progress)
     groups = task.by_length()
-    means = _mean_activations(sweep, groups) if ablation == "mean" else {}
+    means = mean_activations(model, groups, sites, batch_size=batch_size) if ablation == "mean" else {}
     found = [sweep.run(group, means) for group in groups]
     order = torch.cat([torch.as_tensor(group.index) for group in groups]).argsort()
     effects, clean, corrupted = (torch.cat(parts)[order] for parts in zip(*found, strict=True))
@@ -210,10 +211,8 @@ class _Sweep:
         self, tokens: Int[Tensor, "prompt pos"], task: Task
     ) -> tuple[Float[Tensor, " prompt"], dict[Site, Tensor]]:
         """Metric of the unpatched prompts and their activations at the site, layer by layer."""
-        rows = self.batch_size or max(1, TOKENS_A_BATCH // tokens.shape[1])
         metrics, caches = [], []
-        for start in range(0, len(tokens), rows):
-            which = slice(start, start + rows)
+        for which in batches(len(tokens), tokens.shape[1], self.batch_size):
             logits, cache = self.model.run_with_cache(tokens[which], self.sites, logits_to_keep=1)
             metrics.append(self.score(logits[:, -1], torch.arange(len(tokens))[which], task))
             caches.append(cache)
@@ -248,15 +247,3 @@ class _Sweep:
         if self.ablation == "mean":
             return {site: means[site].expand_as(activation) for site, activation in source.items()}
         return dict(source)
-
-
-def _mean_activations(sweep: _Sweep, groups: Sequence[Task]) -> dict[Site, Tensor]:
-    """Mean of each site over all prompts and positions of the clean runs, accumulated in float32."""
-    totals: dict[Site, Tensor] = {}
-    count = 0
-    for group in groups:
-        _, activations = sweep.baseline(group.clean, group)
-        count += group.clean.numel()
-        for site, activation in activations.items():
-            totals[site] = totals.get(site, 0) + activation.float().sum((0, 1))
-    return {site: (total / count).to(sweep.model.dtype) for site, total in totals.items()}

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from interp.model import Edit, Model, Site
 from interp.model.hooks import Run, Tap, tapped
+from interp.patching.batching import rows_a_batch
 from interp.patching.progress import progress_bar
 
 logger = logging.getLogger(__name__)
-
-TOKENS_A_BATCH = 1024
-"""Rows are batched up to about this many tokens: on a CPU the matrix products are then near their best rate."""
 
 Read = Callable[[Float[Tensor, "row d_vocab"], Int[Tensor, " row"]], Float[Tensor, "row ..."]]
 
@@ -53,7 +51,7 @@ def run_variants(
         prompts: token ids of the base prompts.
         variants: the runs.
         read: from last-position logits [row, d_vocab] and the prompt index of each row to the values kept, [row, ...].
-        batch_size: rows a forward pass; by default about `TOKENS_A_BATCH` tokens.
+        batch_size: rows a forward pass; by default about a thousand tokens' worth.
         progress: show a progress bar; None: in a terminal or notebook only.
         description: what the bar says.
 
@@ -64,7 +62,7 @@ def run_variants(
         FloatingPointError: if a value is NaN or infinite, naming the edits of the first such variant.
         MemoryError: if a single prompt does not fit; when a batch does not, smaller ones are tried.
     """
-    rows = batch_size or max(1, TOKENS_A_BATCH // prompts.shape[1])
+    rows = rows_a_batch(prompts.shape[1], batch_size)
     values: list[Tensor] = []
     done = 0
     with progress_bar(len(variants), description, "run", progress=progress) as bar:
