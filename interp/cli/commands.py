@@ -74,7 +74,7 @@ def report(
 ) -> None:
     """Find the attention heads that matter for a behaviour, and write a report.
 
-    Exact interventions, no estimates: about four minutes for SmolLM2-135M on two CPU cores. Fewer prompts take less
+    Exact interventions, no estimates: about three minutes for SmolLM2-135M on two CPU cores. Fewer prompts take less
     time; the intervals in the report say what that costs.
 
     **Examples**

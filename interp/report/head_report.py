@@ -37,7 +37,7 @@ def heads(
 
     A call that is interrupted leaves its finished parts in a folder beside `path`; the same call goes on from there.
 
-    Cost: see `interp.report.head_study`; about four minutes for SmolLM2-135M on two CPU cores.
+    Cost: see `interp.report.head_study`; about three minutes for SmolLM2-135M on two CPU cores.
 
     Args:
         model: the model.

@@ -61,7 +61,7 @@ def head_study(
 ) -> xr.Dataset:
     """Which heads matter for a behaviour, and what they do.
 
-    SmolLM2-135M with the default sizes takes about four minutes on two CPU cores, nearly all of it in parts 3 and 4.
+    SmolLM2-135M with the default sizes takes about three minutes on two CPU cores, nearly all of it in parts 3 and 4.
 
     Args:
         model: the model.
