@@ -307,11 +307,16 @@ class Model:
 
         Returns:
             (metric values, activations, gradients), the caches with equal shapes.
+
+        Raises:
+            FloatingPointError: if the output is not finite; the message names the first site where that happens.
         """
         inputs = self._inputs(prompts)
         on_path: dict[Site, Tensor] = {}
         with torch.enable_grad(), tapped(self.anatomy, gradient_taps(self.site_names(sites), self.anatomy, on_path)):
-            values = metric(self._forward(inputs, logits_to_keep))
+            logits = self._forward(inputs, logits_to_keep)
+            check_finite(logits, self.anatomy, self.sites, lambda: self._forward(inputs, 1))
+            values = metric(logits)
             gradients = torch.autograd.grad(values.sum(), list(on_path.values()), allow_unused=True)
         padding = left_padding(inputs.get("attention_mask"))
         kept = {site: tensor.detach() for site, tensor in on_path.items()}

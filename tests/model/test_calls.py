@@ -180,8 +180,14 @@ def answer_logit(logits):
 
 def test_not_finite_is_traced_to_its_site(model, tokens):
     poisoned = model.edited(Edit("blocks.1.hook_mlp_out", positions=[2], value=float("nan")))
-    with poisoned, pytest.raises(FloatingPointError, match=r"first at blocks\.1\.hook_mlp_out"):
-        model(tokens)
+    message = r"first at blocks\.1\.hook_mlp_out"
+    with poisoned:
+        with pytest.raises(FloatingPointError, match=message):
+            model(tokens)
+        with pytest.raises(FloatingPointError, match=message):
+            model.run_with_cache(tokens, "z")
+        with pytest.raises(FloatingPointError, match=message):
+            model.run_with_gradients(tokens, answer_logit, "z")
 
 
 def test_empty_prompts_are_refused(model):
