@@ -11,6 +11,9 @@ logits) and
 pattern:
    then z = pattern @ v.
 
+Steps 2 and 3 can be wrapped (`attention_wrapped`): relevance rules change their backward pass, the sweep engine what
+the rows of a packed batch attend to.
+
 So observing changes no number, and the model keeps its own implementation. Taps belong to one thread: a forward pass in
 another thread, or of another model that shares the config, goes straight to the original implementation.
 """
@@ -19,9 +22,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,11 +45,44 @@ class AttentionTap:
     fn: Callable[[Tensor], Tensor | None]
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention module hands to its attention function, q and k after QK-norm, rotary and their taps."""
+
+    module: nn.Module
+    query: Tensor
+    """[batch, head, query, d_head]"""
+    key: Tensor
+    """[batch, kv_head, key, d_head]"""
+    value: Tensor
+    """[batch, kv_head, key, d_head]"""
+    mask: Tensor | None
+    """As the model's own implementation gets it: booleans or additive floats, None where that needs none."""
+    options: Mapping[str, Any]
+    """`scaling`, `softcap`, `sliding_window`, `s_aux` (learned sink logits), ..., as far as the family has them."""
+    taps: Sequence[AttentionTap] = ()
+    inner: AttentionWrapper | None = None
+
+    def run(self) -> AttentionResult:
+        """What the next wrapper makes of this call; without one, the model's own attention with its taps."""
+        return _attend(self) if self.inner is None else self.inner(self)
+
+    def tap(self, kind: str, activation: Tensor) -> Tensor:
+        """An activation after the taps of its kind: for wrappers that compute scores and pattern themselves."""
+        return _apply(self.taps, kind, activation)
+
+
+AttentionResult = tuple[Tensor, Tensor | None]
+"""(z [batch, query, head, d_head], the pattern if it was computed)."""
+AttentionWrapper = Callable[[AttentionCall], AttentionResult]
+
+
 class _Taps(threading.local):
-    """The taps of this thread by attention module, in order of registration."""
+    """The taps and wrappers of this thread by attention module, in order of registration."""
 
     def __init__(self) -> None:
         self.by_module: dict[nn.Module, list[AttentionTap]] = defaultdict(list)
+        self.wrappers: dict[nn.Module, list[AttentionWrapper]] = defaultdict(list)
 
 
 _taps = _Taps()
@@ -58,25 +94,49 @@ _original: dict[int, tuple[Any, str, int]] = {}
 @contextmanager
 def attention_taps(taps: Sequence[tuple[nn.Module, AttentionTap]]) -> Iterator[None]:
     """Apply taps inside the attention modules for the duration of the context, in this thread."""
-    modules = list(dict.fromkeys(module for module, _ in taps))
     needs_mask = any(tap.kind in ("attn_scores", "pattern") for _, tap in taps)
+    with _held((module for module, _ in taps), needs_mask=needs_mask), _listed(_taps.by_module, taps):
+        yield
+
+
+@contextmanager
+def attention_wrapped(wrappers: Mapping[nn.Module, AttentionWrapper]) -> Iterator[None]:
+    """Let a function stand before the attention of each module, in this thread; `call.run()` goes on to the original.
+
+    Contexts nest: the innermost one is called first. The taps of rotated q and k act before any wrapper.
+    """
+    with _held(wrappers, needs_mask=False), _listed(_taps.wrappers, wrappers.items()):
+        yield
+
+
+@contextmanager
+def _held(modules: Iterable[nn.Module], *, needs_mask: bool) -> Iterator[None]:
+    """Name our implementation in the configs of the modules."""
     held: list[Any] = []
     try:
         for config in {id(module.config): module.config for module in modules}.values():
             _hold(config, needs_mask=needs_mask)
             held.append(config)
-        for module, tap in taps:
-            _taps.by_module[module].append(tap)
         yield
     finally:
-        for module, tap in taps:
-            # By identity: two equal taps are two taps.
-            left = [other for other in _taps.by_module.get(module, []) if other is not tap]
-            _taps.by_module[module] = left
-            if not left:
-                del _taps.by_module[module]
         for config in held:
             _release(config)
+
+
+@contextmanager
+def _listed(by_module: dict[nn.Module, list[Any]], entries: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    entries = list(entries)
+    try:
+        for module, entry in entries:
+            by_module[module].append(entry)
+        yield
+    finally:
+        for module, entry in entries:
+            # By identity: two equal taps are two taps.
+            left = [other for other in by_module.get(module, []) if other is not entry]
+            by_module[module] = left
+            if not left:
+                del by_module[module]
 
 
 def _hold(config: Any, *, needs_mask: bool) -> None:
@@ -110,24 +170,35 @@ def implementation_of(config: Any) -> str:
 
 def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
+) -> AttentionResult:
     taps = _taps.by_module.get(module, ())
-    own = implementation_of(module.config)
-    eager = modeling_module(module, "eager_attention_forward")
-    original = AttentionInterface().get_interface(own, eager)
-    if not taps:
-        return original(module, query, key, value, attention_mask, **kwargs)
-    query = _apply(taps, "rot_q", query.transpose(1, 2)).transpose(1, 2)
-    key = _apply(taps, "rot_k", key.transpose(1, 2)).transpose(1, 2)
-    if any(tap.kind in ("attn_scores", "pattern") for tap in taps):
-        scores = attention_scores(module, query, key, attention_mask, **kwargs)
-        new_scores = _apply(taps, "attn_scores", scores)
-        pattern = attention_pattern(new_scores, kwargs.get("s_aux"))
-        new_pattern = _apply(taps, "pattern", pattern)
+    call = AttentionCall(module, query, key, value, attention_mask, kwargs, taps)
+    if taps:
+        rot_q = call.tap("rot_q", query.transpose(1, 2)).transpose(1, 2)
+        call = replace(call, query=rot_q, key=call.tap("rot_k", key.transpose(1, 2)).transpose(1, 2))
+    wrapped: AttentionWrapper = _attend
+    for wrapper in _taps.wrappers.get(module, ()):
+        wrapped = _around(wrapper, wrapped)
+    return wrapped(call)
+
+
+def _around(wrapper: AttentionWrapper, inner: AttentionWrapper) -> AttentionWrapper:
+    return lambda call: wrapper(replace(call, inner=inner))
+
+
+def _attend(call: AttentionCall) -> AttentionResult:
+    """The model's own attention, or pattern @ v where a tap changed scores or pattern."""
+    if any(tap.kind in ("attn_scores", "pattern") for tap in call.taps):
+        scores = attention_scores(call.module, call.query, call.key, call.mask, **call.options)
+        new_scores = call.tap("attn_scores", scores)
+        pattern = attention_pattern(new_scores, call.options.get("s_aux"))
+        new_pattern = call.tap("pattern", pattern)
         if new_scores is not scores or new_pattern is not pattern:
-            z = torch.matmul(new_pattern.to(value.dtype), _by_query_head(value, query.shape[1]))
+            z = torch.matmul(new_pattern.to(call.value.dtype), by_query_head(call.value, call.query.shape[1]))
             return z.transpose(1, 2).contiguous(), new_pattern
-    return original(module, query, key, value, attention_mask, **kwargs)
+    eager = modeling_module(call.module, "eager_attention_forward")
+    original = AttentionInterface().get_interface(implementation_of(call.module.config), eager)
+    return original(call.module, call.query, call.key, call.value, call.mask, **call.options)
 
 
 def _apply(taps: Sequence[AttentionTap], kind: str, activation: Tensor) -> Tensor:
@@ -162,7 +233,7 @@ def attention_scores(
         [batch, head, query, key] in the dtype of `query`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query, _by_query_head(key, query.shape[1]).transpose(2, 3)) * scale
+    scores = torch.matmul(query, by_query_head(key, query.shape[1]).transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     n_queries, n_keys = scores.shape[-2:]
@@ -199,7 +270,7 @@ def attention_pattern(scores: Tensor, sink_logits: Tensor | None = None) -> Tens
     return pattern.masked_fill(empty, 0.0).to(scores.dtype)
 
 
-def _by_query_head(keys: Tensor, n_heads: int) -> Tensor:
+def by_query_head(keys: Tensor, n_heads: int) -> Tensor:
     """Repeat each key/value head for its group of query heads: [batch, kv_head, ...] -> [batch, head, ...]."""
     per_group = n_heads // keys.shape[1]
     return keys if per_group == 1 else keys.repeat_interleave(per_group, dim=1)
