@@ -119,6 +119,9 @@ METRICS: dict[str, Metric] = {
 }
 """Task metrics by name."""
 
+READS_ANSWERS_ONLY: tuple[Metric, ...] = (logit_diff,)
+"""Metrics that look at the logits of answers and wrong answers alone, so that the others need not be computed."""
+
 
 def metric_named(name: str) -> Metric:
     """The task metric of that name.

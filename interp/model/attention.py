@@ -254,16 +254,16 @@ def attention_scores(
 
 
 def attention_pattern(scores: Tensor, sink_logits: Tensor | None = None) -> Tensor:
-    """Softmax over keys in float32; a row with nothing to attend to is all zero.
+    """Softmax over keys in float32 at least; a row with nothing to attend to is all zero.
 
     Args:
         scores: [batch, head, query, key].
         sink_logits: one learned logit a head [head] that takes its share of every row and is then dropped (gpt-oss), so
             that rows sum to less than 1.
     """
-    logits = scores.float()
+    logits = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if sink_logits is not None:
-        sink = sink_logits.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        sink = sink_logits.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sink], dim=-1)
     pattern = torch.softmax(logits, dim=-1)[..., : scores.shape[-1]]
     empty = torch.isneginf(scores).all(dim=-1, keepdim=True)

@@ -80,18 +80,18 @@ def gradient_taps(sites: Sequence[Site], anatomy: Anatomy, on_path: dict[Site, T
     Returning the activation makes the model go on with it. If nothing before it asks for gradients (frozen parameters),
     the graph starts there.
     """
-    in_place = {site for site in sites if locate(anatomy, site).in_place}
+    points = {site: locate(anatomy, site) for site in sites}
 
     def keep(site: Site) -> Callable[[Tensor, Run], Tensor]:
         def tap(activation: Tensor, run: Run) -> Tensor:
             if not activation.requires_grad:
                 activation = activation.detach().clone().requires_grad_()
-            elif site in in_place or site.kind in ("attn_scores", "pattern"):
+            elif points[site].in_place or site.kind in ("attn_scores", "pattern"):
                 # A new node: the written tensor must not be its own source, and inside attention a new object means
                 # "use it".
                 activation = activation.clone()
             on_path[site] = activation
-            return activation
+            return activation.clone() if points[site].overwritten_later else activation
 
         return tap
 

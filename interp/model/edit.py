@@ -72,7 +72,7 @@ class Edit:
         if self.heads is not None:
             if "head" not in dims:
                 raise ValueError(f"{site} has no head axis; its axes are {', '.join(dims)}")
-            _columns(self.heads, n_heads[site.tower + site.kind], "head")
+            resolve_columns(self.heads, n_heads[site.tower + site.kind], "head")
         if self.keys is not None and "key" not in dims:
             raise ValueError(f"{site} has no key axis; its axes are {', '.join(dims)}")
         if self.neurons is not None and "key" in dims:
@@ -85,7 +85,7 @@ class Edit:
             region = self._region(activation, dims, run, site)
             if region is None:
                 return None
-            new = self._new(activation, dims, run)
+            new = self._new(activation, dims, run, _first_column(site, run))
             if new is None:
                 return None
             return torch.where(region, new, activation)
@@ -102,15 +102,13 @@ class Edit:
         if self.neurons is not None:
             region = region & _one_axis(self.neurons, activation, dims, dims[-1], "neuron")
         if self.positions is not None:
-            # The keys of rot_k cover the whole sequence in every pass, as do the columns of a pattern.
-            past = 0 if site.kind == "rot_k" else run.n_past
             axis = "query" if "query" in dims else "position"
-            region = region & _position_axis(self.positions, activation, dims, axis, run, past)
+            region = region & _position_axis(self.positions, activation, dims, axis, run, _first_column(site, run))
         if self.keys is not None:
             region = region & _position_axis(self.keys, activation, dims, "key", run, 0)
         return region if bool(region.any()) else None
 
-    def _new(self, activation: Tensor, dims: tuple[str, ...], run: Run) -> Tensor | None:
+    def _new(self, activation: Tensor, dims: tuple[str, ...], run: Run, first_column: int) -> Tensor | None:
         """The whole activation as the edit would have it; None if its tensor says nothing about this pass."""
         if self.fn is not None:
             return self.fn(activation.clone())
@@ -119,8 +117,9 @@ class Edit:
         operand = next(one for one in (self.value, self.add, self.scale) if one is not None)
         if isinstance(operand, Tensor):
             operand = operand.to(activation.device, activation.dtype)
-            if run.n_past and "position" in dims:
-                windowed = _window(operand, activation, dims.index("position"), run.n_past)
+            if first_column:
+                axis = "query" if "query" in dims else "position"
+                windowed = _window(operand, activation, dims.index(axis), first_column)
                 if windowed is None:
                     return None
                 operand = windowed
@@ -130,7 +129,13 @@ class Edit:
         return activation + operand if self.add is not None else activation * operand
 
 
-def _columns(index: Index, length: int, what: str) -> list[int]:
+def _first_column(site: Site, run: Run) -> int:
+    """The position of the activation's first column (query, for scores and pattern)."""
+    # The keys of rot_k cover the whole sequence, cached ones too.
+    return run.first_key if site.kind == "rot_k" else run.n_past
+
+
+def resolve_columns(index: Index, length: int, what: str) -> list[int]:
     """An index as a list of non-negative columns.
 
     Raises:
@@ -149,7 +154,7 @@ def _one_axis(index: Index, activation: Tensor, dims: tuple[str, ...], axis: str
     dim = dims.index(axis)
     length = activation.shape[dim]
     chosen = torch.zeros(length, dtype=torch.bool, device=activation.device)
-    chosen[_columns(index, length, what)] = True
+    chosen[resolve_columns(index, length, what)] = True
     return chosen.view([length if one == dim else 1 for one in range(len(dims))])
 
 
@@ -164,7 +169,7 @@ def _position_axis(index: Index, activation: Tensor, dims: tuple[str, ...], axis
     chosen = torch.zeros(len(padding), n_columns, dtype=torch.bool, device=activation.device)
     for row, n_padding in enumerate(padding):
         length = n_past + n_columns - n_padding
-        for position in _positions(index, length, check=not run.decoding):
+        for position in resolve_positions(index, length, check=not run.decoding):
             column = position + n_padding - n_past
             if 0 <= column < n_columns:
                 chosen[row, column] = True
@@ -173,8 +178,15 @@ def _position_axis(index: Index, activation: Tensor, dims: tuple[str, ...], axis
     return chosen.view(shape)
 
 
-def _positions(index: Index, length: int, *, check: bool) -> list[int]:
-    """Positions of a prompt of this length; those beyond it are refused unless later passes may bring them."""
+def resolve_positions(index: Index, length: int, *, check: bool = True) -> list[int]:
+    """An index as positions of a prompt of this length, counted from its start.
+
+    Args:
+        check: refuse positions outside the prompt; later passes of a generation may bring those.
+
+    Raises:
+        ValueError: if one is out of range and `check` is set.
+    """
     if isinstance(index, slice):
         return list(range(*index.indices(length)))
     chosen = [index] if isinstance(index, int) else [int(one) for one in index]

@@ -25,7 +25,7 @@ from interp.model.tower import Anatomy, Tower
 
 @dataclass
 class Run:
-    """What a tap needs to know of the forward pass it is in; refreshed when the pass reaches the first block."""
+    """What a tap needs to know of the forward pass it is in; refreshed as the pass reaches a block."""
 
     n_past: int = 0
     """Tokens already in the KV cache: the first column of the activation is position `n_past`."""
@@ -33,6 +33,8 @@ class Run:
     """Left padding of each row, [batch]; None if there is none."""
     decoding: bool = False
     """Whether a KV cache is in use, so that later passes may bring further positions."""
+    first_key: int = 0
+    """Position of the first row of `rot_k`: 0 wherever keys come whole (also from a KV cache)."""
     lead: tuple[int, int] = (1, 1)
     """(batch, positions) of the block inputs, for families that flatten them inside."""
 
@@ -79,7 +81,7 @@ def tapped(anatomy: Anatomy, taps: Sequence[Tap]) -> Iterator[None]:
 
 
 def _watch_run(stack: ExitStack, anatomy: Anatomy, tower: Tower, run: Run, owner: int) -> None:
-    """Keep `run` up to date: cache length and padding from the model's arguments, shape from the first block's."""
+    """Keep `run` up to date: cache length and padding from the model's arguments, shape from each block's."""
 
     def on_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == owner:
@@ -93,7 +95,8 @@ def _watch_run(stack: ExitStack, anatomy: Anatomy, tower: Tower, run: Run, owner
             hidden = args[0] if args else kwargs["hidden_states"]
             run.lead = (1, hidden.shape[0]) if hidden.dim() == 2 else tuple(hidden.shape[:2])
 
-    watched = [(tower.blocks[0].module, on_block)]
+    # Every block, not the first alone: the sweep engine calls later blocks by themselves.
+    watched = [(block.module, on_block) for block in tower.blocks]
     if tower is anatomy.text:
         watched.append((anatomy.root, on_root))
     for module, fn in watched:

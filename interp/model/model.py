@@ -17,6 +17,7 @@ from interp.model.cache import Cache
 from interp.model.capture import Positions, capture_taps, gradient_taps
 from interp.model.edit import Edit
 from interp.model.finite import check_finite
+from interp.model.head_path import head_cut, last_block_replaced
 from interp.model.hook_point import Hook, hook_tap
 from interp.model.hooks import Tap, left_padding, tapped
 from interp.model.inputs import Prompts, pad_id, prepare_inputs
@@ -48,6 +49,7 @@ class Model:
         self.anatomy = resolve(hf)
         self.name = name or getattr(hf.config, "_name_or_path", "") or self.anatomy.family
         self.sites: list[Site] = available_sites(self.anatomy)
+        self._known_sites = frozenset(self.sites)
         self._arguments = set(inspect.signature(hf.forward).parameters)
 
     def __repr__(self) -> str:
@@ -102,6 +104,10 @@ class Model:
         """Where inputs go: the device of the embedding."""
         return next(self.hf.parameters()).device
 
+    @cached_property
+    def _heads_by_kind(self) -> dict[str, int]:
+        return {prefix + kind: self.n_heads_at(kind, prefix) for prefix in self.anatomy.towers for kind in HEAD_KINDS}
+
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the parameters."""
@@ -123,6 +129,8 @@ class Model:
             SiteUnavailable: if this model does not have the site that is named.
             ValueError: if the pattern matches nothing; near names are offered.
         """
+        if isinstance(pattern, Site) and pattern in self._known_sites:
+            return [pattern]
         try:
             return select_sites(pattern, self.sites)
         except ValueError:
@@ -276,15 +284,27 @@ class Model:
 
     def edit_taps(self, edit: Edit) -> list[Tap]:
         """The taps that carry out an edit on this model, checked: what engines that batch edits build on."""
-        n_heads = {
-            prefix + kind: self.n_heads_at(kind, prefix) for prefix in self.anatomy.towers for kind in HEAD_KINDS
-        }
-        return edit.taps(self.site_names(edit.site), n_heads)
+        return edit.taps(self.site_names(edit.site), self._heads_by_kind)
 
     @torch.no_grad()
     def last_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         """Logits at the last position of prompts of equal length; the others are not computed. No check for NaN."""
         return self._forward({"input_ids": tokens.to(self.device)}, 1)[:, -1]
+
+    @torch.no_grad()
+    def logits_from_resid(
+        self, resid: Float[Tensor, "row d_model"], columns: Int[Tensor, " column"] | None = None
+    ) -> Float[Tensor, "row column"]:
+        """Logits of residual streams after the last block, by the model's own way from there (norm, scale, soft-cap).
+
+        Args:
+            resid: what the last block returns, one row a prediction.
+            columns: token ids: only their logits are computed, in this order. None: all.
+        """
+        first_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with last_block_replaced(self.tower, resid), head_cut(self.hf, columns) as is_cut:
+            logits = self._forward({"input_ids": first_token}, 0).reshape(len(resid), -1)
+        return logits if columns is None or is_cut else logits[:, columns.to(logits.device)]
 
     def run_with_gradients(
         self,
@@ -312,10 +332,8 @@ class Model:
             FloatingPointError: if the output is not finite; the message names the first site where that happens.
         """
         inputs = self._inputs(prompts)
-        on_path: dict[Site, Tensor] = {}
-        with torch.enable_grad(), tapped(self.anatomy, gradient_taps(self.site_names(sites), self.anatomy, on_path)):
-            logits = self._forward(inputs, logits_to_keep)
-            check_finite(logits, self.anatomy, self.sites, lambda: self._forward(inputs, 1))
+        logits, on_path = self._forward_on_path(inputs, sites, logits_to_keep)
+        with torch.enable_grad():
             values = metric(logits)
             gradients = torch.autograd.grad(values.sum(), list(on_path.values()), allow_unused=True)
         padding = left_padding(inputs.get("attention_mask"))
@@ -325,6 +343,21 @@ class Model:
             for (site, tensor), gradient in zip(kept.items(), gradients, strict=True)
         }
         return values.detach(), Cache(kept, padding), Cache(filled, padding)
+
+    def run_on_path(
+        self, prompts: Prompts, sites: SitePattern, *, logits_to_keep: int = 0
+    ) -> tuple[Tensor, dict[Site, Tensor]]:
+        """Logits, and activations as nodes of the autograd graph that leads to them.
+
+        For several backward passes through one forward pass; `run_with_gradients` is the usual single one. The graph
+        lives as long as the logits.
+
+        Args:
+            prompts: as for a plain call.
+            sites: name, short form, pattern, list or function.
+            logits_to_keep: as for a plain call.
+        """
+        return self._forward_on_path(self._inputs(prompts), sites, logits_to_keep)
 
     @torch.no_grad()
     def generate(
@@ -357,6 +390,15 @@ class Model:
         output = self.hf(**inputs, **options)
         logits = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
         return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+    def _forward_on_path(
+        self, inputs: Mapping[str, Any], sites: SitePattern, logits_to_keep: int
+    ) -> tuple[Tensor, dict[Site, Tensor]]:
+        on_path: dict[Site, Tensor] = {}
+        with torch.enable_grad(), tapped(self.anatomy, gradient_taps(self.site_names(sites), self.anatomy, on_path)):
+            logits = self._forward(inputs, logits_to_keep)
+            check_finite(logits, self.anatomy, self.sites, lambda: self._forward(inputs, 1))
+        return logits, on_path
 
     # Weights
 

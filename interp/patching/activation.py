@@ -23,9 +23,11 @@ from interp.metrics import Metric, metric_named, normalised_effect
 from interp.model import Model, Site
 from interp.model.sites import LAYERLESS, SITE_DIMS
 from interp.patching.batching import batches, mean_activations
-from interp.patching.cells import AXES, Axis, cell_edit, grid, part
+from interp.patching.cells import AXES, Axis, cell_edit, grid
 from interp.patching.labels import labelled
-from interp.patching.reference import Variant, run_variants
+from interp.patching.reading import Reading, reading
+from interp.patching.sweep import sweep, why_reference
+from interp.patching.variant import Variant
 from interp.tasks import Task
 
 Direction = Literal["denoise", "noise"]
@@ -43,14 +45,15 @@ def activation_patching(
     metric: str | Metric | None = None,
     normalised: bool = True,
     per_prompt: bool = False,
+    reference: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> xr.DataArray:
     """Exact effect of patching a site, for every combination of the axes in `by`.
 
-    Costs one forward pass of one prompt for each prompt and cell, less the cells whose replacement equals what is there
-    (such as all positions before the first token in which clean and corrupted differ): their effect is 0 exactly and
-    nothing is run.
+    Goes through the sweep engine: each prompt and cell costs the layers and positions from its patch on. Cells whose
+    replacement equals what is there (such as all positions before the first token in which clean and corrupted differ)
+    have effect 0 exactly and are not run.
 
     Args:
         model: the model.
@@ -66,7 +69,10 @@ def activation_patching(
         normalised: divide by the mean over prompts of metric(clean) − metric(corrupted). One number for all prompts, so
             that the mean of per-prompt effects is the effect.
         per_prompt: keep a leading `prompt` axis instead of averaging over prompts.
-        batch_size: prompts a forward pass; by default about a thousand tokens' worth.
+        reference: run every prompt and cell as a whole forward pass with plain hooks: slow, what the engine is held
+            against, and in any case the way of families whose attention is outside transformers' interface (the attr
+            `engine` says which way it was).
+        batch_size: prompts or variants at once; by default what memory allows.
         progress: show a progress bar; None: in a terminal or notebook only.
 
     Returns:
@@ -80,17 +86,17 @@ def activation_patching(
     """
     started = time.perf_counter()
     sites = model.site_names(site)
-    axes = _check_axes(sites, task, by)
+    axes = check_axes(sites, task, by)
     _check_choice(sites, direction, ablation)
     metric_name, metric_fn = resolve_metric(metric, task)
-    sweep = _Sweep(model, sites, axes, direction, ablation, metric_fn, batch_size, progress)
+    patching = _Patching(model, sites, axes, direction, ablation, metric_fn, reference, batch_size, progress)
     groups = task.by_length()
     means = mean_activations(model, groups, sites, batch_size=batch_size) if ablation == "mean" else {}
-    found = [sweep.run(group, means) for group in groups]
+    found = [patching.run(group, means) for group in groups]
     order = torch.cat([torch.as_tensor(group.index) for group in groups]).argsort()
     effects, clean, corrupted = (torch.cat(parts)[order] for parts in zip(*found, strict=True))
     if normalised:
-        effects = _normalised(effects, clean, corrupted, metric_name)
+        effects = normalised_shares(effects, clean, corrupted, metric_name)
     attrs = {
         "method": "activation_patching",
         "site": site,
@@ -100,6 +106,7 @@ def activation_patching(
         "normalised": int(normalised),
         "metric_clean": float(clean.mean()),
         "metric_corrupted": float(corrupted.mean()),
+        "engine": engine_note(model, sites, reference=reference),
         "seconds": time.perf_counter() - started,
     }
     values, dims = (effects, ("prompt", *axes)) if per_prompt else (effects.mean(0), axes)
@@ -118,7 +125,13 @@ def resolve_metric(metric: str | Metric | None, task: Task) -> tuple[str, Metric
     return getattr(metric, "__name__", "custom"), metric
 
 
-def _check_axes(sites: Sequence[Site], task: Task, by: Sequence[Axis]) -> tuple[Axis, ...]:
+def check_axes(sites: Sequence[Site], task: Task, by: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes to keep, in the order of `AXES`.
+
+    Raises:
+        ValueError: for sites of several kinds, an axis that the kind does not have, or a position axis over prompts of
+            several lengths.
+    """
     kind = sites[0].kind
     if any(site.kind != kind for site in sites):
         raise ValueError(
@@ -148,13 +161,17 @@ def _check_choice(sites: Sequence[Site], direction: Direction, ablation: Ablatio
         raise ValueError(f"site {sites[0].kind!r} has no mean over positions: use resample or zero ablation")
 
 
-def _normalised(
+def normalised_shares(
     effects: Float[Tensor, "prompt ..."],
     clean: Float[Tensor, " prompt"],
     corrupted: Float[Tensor, " prompt"],
     name: str,
 ) -> Float[Tensor, "prompt ..."]:
-    """Effects as shares of the mean gap between clean and corrupted."""
+    """Effects as shares of the mean gap between clean and corrupted.
+
+    Raises:
+        ValueError: if there is no gap.
+    """
     shares = normalised_effect(effects, clean.mean(), corrupted.mean())
     if bool(shares.isnan().all()):
         raise ValueError(
@@ -164,8 +181,16 @@ def _normalised(
     return shares
 
 
+def engine_note(model: Model, sites: Sequence[Site], *, reference: bool = False) -> str:
+    """How counterfactual runs with edits at these sites are made, for a result's attrs."""
+    if reference:
+        return "reference (asked for)"
+    reason = why_reference(model, sites)
+    return f"reference: {reason}" if reason else "packed sweep"
+
+
 @dataclass(frozen=True)
-class _Sweep:
+class _Patching:
     """One call's choices, so that its steps need not hand them on one by one."""
 
     model: Model
@@ -174,6 +199,7 @@ class _Sweep:
     direction: Direction
     ablation: Ablation
     metric: Metric
+    reference: bool
     batch_size: int | None
     progress: bool | None
 
@@ -181,64 +207,45 @@ class _Sweep:
         self, task: Task, means: Mapping[Site, Tensor]
     ) -> tuple[Float[Tensor, "prompt ..."], Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
         """Effects (not normalised) on prompts of one length, and their unpatched metric, clean and corrupted."""
-        clean_metric, clean = self.baseline(task.clean, task)
-        corrupted_metric, corrupted = self.baseline(task.corrupted, task)
+        read = reading(self.metric, task)
+        clean_metric, clean = self.baseline(task.clean, read)
+        corrupted_metric, corrupted = self.baseline(task.corrupted, read)
         denoising = self.direction == "denoise"
-        base_tokens, base, base_metric = (
-            (task.corrupted, corrupted, corrupted_metric) if denoising else (task.clean, clean, clean_metric)
-        )
+        tokens, base = (task.corrupted, corrupted) if denoising else (task.clean, clean)
         source = self.replacements(clean if denoising else corrupted, means)
         lengths, cells = grid(self.sites, self.axes, base[self.sites[0]].shape)
-        variants, rows, columns = [], [], []
-        for prompt in range(len(task)):
-            for column, cell in enumerate(cells):
-                edits = tuple(
-                    cell_edit(site, place, source[site][prompt])
-                    for site, place in cell
-                    if not torch.equal(part(base[site][prompt], site, place), part(source[site][prompt], site, place))
-                )
-                if edits:
-                    variants.append(Variant(prompt, edits))
-                    rows.append(prompt)
-                    columns.append(column)
-        values = base_metric[:, None].repeat(1, len(cells))
-        if variants:
-            values[rows, columns] = self.patched(base_tokens, variants, task)
-        effects = values - base_metric[:, None] if denoising else base_metric[:, None] - values
+        variants = [
+            Variant(prompt, tuple(cell_edit(site, place, values[site]) for site, place in cell))
+            for prompt in range(len(task))
+            for values in [{site: source[site][prompt] for site in self.sites}]
+            for cell in [(), *cells]
+        ]
+        values = sweep(
+            self.model,
+            tokens,
+            variants,
+            read,
+            columns=read.columns,
+            reference=self.reference,
+            batch_size=self.batch_size,
+            progress=self.progress,
+            description=f"patching {self.sites[0].kind}",
+        ).reshape(len(task), 1 + len(cells))
+        # Each prompt's first variant has no edits: what has no effect has the same value to the last bit.
+        unpatched, patched = values[:, :1], values[:, 1:]
+        effects = patched - unpatched if denoising else unpatched - patched
         return effects.reshape(len(task), *lengths), clean_metric, corrupted_metric
 
     def baseline(
-        self, tokens: Int[Tensor, "prompt pos"], task: Task
+        self, tokens: Int[Tensor, "prompt pos"], read: Reading
     ) -> tuple[Float[Tensor, " prompt"], dict[Site, Tensor]]:
         """Metric of the unpatched prompts and their activations at the site, layer by layer."""
         metrics, caches = [], []
         for which in batches(len(tokens), tokens.shape[1], self.batch_size):
             logits, cache = self.model.run_with_cache(tokens[which], self.sites, logits_to_keep=1)
-            metrics.append(self.score(logits[:, -1], torch.arange(len(tokens))[which], task))
+            metrics.append(read.of_all(logits[:, -1], torch.arange(len(tokens))[which]))
             caches.append(cache)
         return torch.cat(metrics), {site: torch.cat([cache[site] for cache in caches]) for site in self.sites}
-
-    def patched(
-        self, tokens: Int[Tensor, "prompt pos"], variants: list[Variant], task: Task
-    ) -> Float[Tensor, " variant"]:
-        """Metric of each variant, on the CPU."""
-        return run_variants(
-            self.model,
-            tokens,
-            variants,
-            lambda logits, prompt: self.score(logits, prompt, task),
-            batch_size=self.batch_size,
-            progress=self.progress,
-            description=f"patching {self.sites[0].kind}",
-        )
-
-    def score(
-        self, logits: Float[Tensor, "row d_vocab"], prompt: Int[Tensor, " row"], task: Task
-    ) -> Float[Tensor, " row"]:
-        """The metric in float32 on the CPU, with the answers of each row's prompt."""
-        prompt = prompt.to(task.answers.device)
-        answers, wrong = (ids[prompt].to(logits.device) for ids in (task.answers, task.wrong))
-        return self.metric(logits, answers, wrong).float().cpu()
 
     def replacements(self, source: Mapping[Site, Tensor], means: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """What is put in, for each site, with the shape of the activations."""

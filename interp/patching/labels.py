@@ -26,7 +26,7 @@ def labelled(
     """A DataArray of values over a task.
 
     Args:
-        values: any shape.
+        values: any shape; kept in float32, or float64 if they are.
         dims: one name an axis. Beside "position", `token` holds the first clean prompt's tokens and `label` what stands
             there over all prompts (a key position's name where tokens differ); query and key get `query_token`, ...
         layers: the layer of each entry of a "layer" axis.
@@ -42,7 +42,7 @@ def labelled(
         if dim == "position" and dim in dims:
             coords["label"] = (dim, list(task.position_labels))
     return xr.DataArray(
-        values.float().numpy(),
+        values.to(torch.promote_types(values.dtype, torch.float32)).numpy(),
         dims=tuple(dims),
         coords=coords,
         name="effect",

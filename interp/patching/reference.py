@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -19,18 +19,11 @@ from interp.model import Edit, Model, Site
 from interp.model.hooks import Run, Tap, tapped
 from interp.patching.batching import rows_a_batch
 from interp.patching.progress import progress_bar
+from interp.patching.variant import Variant, check_values
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[Float[Tensor, "row d_vocab"], Int[Tensor, " row"]], Float[Tensor, "row ..."]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One counterfactual run: the index of a prompt, and the edits to it (without `rows`)."""
-
-    prompt: int
-    edits: tuple[Edit, ...]
+Read = Callable[[Float[Tensor, "row column"], Int[Tensor, " row"]], Float[Tensor, "row ..."]]
 
 
 @torch.no_grad()
@@ -40,6 +33,8 @@ def run_variants(
     variants: Sequence[Variant],
     read: Read,
     *,
+    columns: Int[Tensor, " column"] | None = None,
+    base_edits: Sequence[Sequence[Edit]] = (),
     batch_size: int | None = None,
     progress: bool | None = None,
     description: str = "patching",
@@ -50,18 +45,22 @@ def run_variants(
         model: the model.
         prompts: token ids of the base prompts.
         variants: the runs.
-        read: from last-position logits [row, d_vocab] and the prompt index of each row to the values kept, [row, ...].
+        read: from last-position logits [row, column] and the prompt index of each row to the values kept, [row, ...].
+        columns: token ids whose logits `read` gets, in this order; None: the whole vocabulary.
+        base_edits: by prompt, edits that its base run carries, and so each of its variants before its own.
         batch_size: rows a forward pass; by default about a thousand tokens' worth.
         progress: show a progress bar; None: in a terminal or notebook only.
         description: what the bar says.
 
     Returns:
-        The values of each variant in the order given, float32.
+        The values of each variant in the order given, float32 (float64 if `read` gives it).
 
     Raises:
         FloatingPointError: if a value is NaN or infinite, naming the edits of the first such variant.
         MemoryError: if a single prompt does not fit; when a batch does not, smaller ones are tried.
     """
+    if base_edits:
+        variants = [replace(one, edits=(*base_edits[one.prompt], *one.edits)) for one in variants]
     rows = rows_a_batch(prompts.shape[1], batch_size)
     values: list[Tensor] = []
     done = 0
@@ -69,7 +68,7 @@ def run_variants(
         while done < len(variants):
             chunk = variants[done : done + rows]
             try:
-                values.append(_run_batch(model, prompts, chunk, read))
+                values.append(_run_batch(model, prompts, chunk, read, columns))
             except torch.OutOfMemoryError as error:
                 rows = _smaller_batch(len(chunk), prompts.shape[1], error)
                 continue
@@ -79,14 +78,19 @@ def run_variants(
 
 
 def _run_batch(
-    model: Model, prompts: Int[Tensor, "prompt pos"], chunk: Sequence[Variant], read: Read
+    model: Model,
+    prompts: Int[Tensor, "prompt pos"],
+    chunk: Sequence[Variant],
+    read: Read,
+    columns: Int[Tensor, " column"] | None,
 ) -> Float[Tensor, "variant ..."]:
     which = torch.tensor([variant.prompt for variant in chunk])
-    with tapped(model.anatomy, _row_taps(model, chunk)):
+    with tapped(model.anatomy, row_taps(model, chunk)):
         logits = model.last_logits(prompts[which])
-    value = read(logits, which.to(logits.device)).float()
-    _check_finite(value, chunk)
-    return value
+    logits = logits if columns is None else logits[:, columns.to(logits.device)]
+    values = read(logits, which.to(logits.device))
+    check_values(values, chunk)
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _smaller_batch(rows: int, length: int, error: torch.OutOfMemoryError) -> int:
@@ -101,7 +105,7 @@ def _smaller_batch(rows: int, length: int, error: torch.OutOfMemoryError) -> int
     return rows // 2
 
 
-def _row_taps(model: Model, chunk: Sequence[Variant]) -> list[Tap]:
+def row_taps(model: Model, chunk: Sequence[Variant]) -> list[Tap]:
     """One tap a site, which applies to each row the edits of its variant."""
     by_site: dict[Site, list[tuple[int, Callable[[Tensor, Run], Tensor | None]]]] = defaultdict(list)
     for row, variant in enumerate(chunk):
@@ -123,11 +127,3 @@ def _edit_rows(
         return edited
 
     return apply
-
-
-def _check_finite(value: Tensor, chunk: Sequence[Variant]) -> None:
-    bad = ~torch.isfinite(value).reshape(len(chunk), -1).all(-1)
-    if bool(bad.any()):
-        variant = chunk[int(bad.nonzero()[0])]
-        sites = ", ".join(str(edit.site) for edit in variant.edits)
-        raise FloatingPointError(f"the metric is NaN or infinite for prompt {variant.prompt} with an edit at {sites}")

@@ -7,6 +7,7 @@ import torch
 from interp import Edit
 from interp.metrics import bootstrap_interval, logit_diff
 from interp.patching import Variant, activation_patching, run_variants
+from interp.patching.packed_pass import PackedPass
 from interp.tasks import from_pairs
 
 PAIRS = [
@@ -61,13 +62,13 @@ def test_patching_a_whole_cut_of_the_model_moves_everything(model, task, directi
 def test_positions_before_the_first_difference_have_no_effect_and_are_not_run(model, task, monkeypatch):
     first = int(task.first_difference.min())
     ran = []
-    import interp.patching.activation as module
+    run = PackedPass.resid_final
 
-    def counting(model, prompts, variants, *rest, **options):
-        ran.extend(variants)
-        return run_variants(model, prompts, variants, *rest, **options)
+    def counting(self, entries, on_rows):
+        ran.extend(entries)
+        return run(self, entries, on_rows)
 
-    monkeypatch.setattr(module, "run_variants", counting)
+    monkeypatch.setattr(PackedPass, "resid_final", counting)
     effects = activation_patching(model, task, site="resid_pre")
     assert (effects.isel(position=slice(0, first)) == 0).all()
     # Layer 0 sees the differing tokens only; later layers everything from the first of them on.
