@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import platform
+import resource
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import transformers
@@ -39,3 +43,31 @@ def matmul_gflops(rows: int = 1024, inner: int = 576, columns: int = 1536, repea
     left, right = torch.randn(rows, inner), torch.randn(inner, columns)
     seconds = interleaved_seconds({"matmul": lambda: left @ right}, repeats)["matmul"]
     return 2 * rows * inner * columns / seconds / 1e9
+
+
+class _Memory:
+    megabytes = 0.0
+
+
+@contextmanager
+def peak_memory() -> Iterator[_Memory]:
+    """Peak memory of the process above what it held at the start, sampled every few milliseconds."""
+    page = resource.getpagesize()
+    stop, seen = threading.Event(), _Memory()
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6
+
+    start = resident()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            seen.megabytes = max(seen.megabytes, resident() - start)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        watcher.join()

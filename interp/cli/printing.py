@@ -25,8 +25,21 @@ def show_largest(effects: xr.DataArray) -> None:
     from interp.report.effects import largest_effects
 
     unit = "share of the gap" if effects.attrs["normalised"] else effects.attrs["metric"]
-    title = "{direction} {site}: largest effects ({unit}), n = {n_prompts} prompts".format(unit=unit, **effects.attrs)
+    what = "effects" if effects.attrs["method"] == "activation_patching" else f"{effects.attrs['method']} scores"
+    title = "{direction} {site}: largest {what} ({unit}), n = {n_prompts} prompts".format(
+        what=what, unit=unit, **effects.attrs
+    )
     show_frame(largest_effects(effects, 20), title)
+
+
+def show_verified(effects: xr.DataArray) -> None:
+    """What running an estimate's largest entries exactly said of it."""
+    attrs = effects.attrs
+    typer.echo(
+        f"the {attrs['verify_k']} largest scores against exact effects: Pearson {attrs['verify_pearson']:.3f}, "
+        f"Spearman {attrs['verify_spearman']:.3f}, right sign {attrs['verify_sign_agreement']:.0%}, largest error "
+        f"{attrs['verify_largest_error']:.3f} ({attrs['verify_seconds']:.1f} s)"
+    )
 
 
 def show_frame(frame: pd.DataFrame, title: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from interp.heads.effects import in_prompt_order
 from interp.metrics import Metric, kl_divergence
 from interp.model import Edit, Model, Site
-from interp.patching import Variant, run_variants
+from interp.patching import Variant, sweep
 from interp.patching.activation import Ablation
 from interp.patching.batching import batches, mean_activations
 from interp.tasks import Task
@@ -47,8 +47,8 @@ def ablate_heads(
 ) -> HeadAblation:
     """Run every clean prompt once for every head, with that head ablated.
 
-    Costs layers × heads forward passes a prompt; holds the distribution of each clean prompt and, for resample, its
-    corrupted z.
+    Costs layers × heads runs of the sweep engine a prompt, each from its head's layer (for resample also from the first
+    token that differs) on; holds the distribution of each clean prompt and, for resample, its corrupted z.
 
     Args:
         model: the model.
@@ -56,7 +56,7 @@ def ablate_heads(
         ablation: z becomes 0 ("zero"), its mean over prompts and positions of the clean runs ("mean"), or that of the
             corrupted prompt at the same position ("resample").
         metric: from last-position logits, answers and wrong answers to one value a prompt.
-        batch_size: rows a forward pass; by default about a thousand tokens' worth.
+        batch_size: variants at once; by default what memory allows.
         progress: show a progress bar; None: in a terminal or notebook only.
 
     Raises:
@@ -67,12 +67,18 @@ def ablate_heads(
     groups = task.by_length()
     sites = model.site_names("z")
     mean = mean_activations(model, groups, sites, batch_size=batch_size) if ablation == "mean" else {}
+    zero = torch.zeros(1, dtype=model.dtype, device=model.device)
     parts = []
     for group in groups:
         source = head_outputs(model, group.corrupted, batch_size) if ablation == "resample" else []
 
-        def replacement(prompt: int, layer: int, source: list[Tensor] = source) -> float | Tensor:
-            return 0.0 if ablation == "zero" else mean[sites[layer]] if ablation == "mean" else source[layer][prompt]
+        shape = (group.clean.shape[1], model.n_heads, model.d_head)
+
+        def replacement(
+            prompt: int, layer: int, source: list[Tensor] = source, shape: tuple[int, int, int] = shape
+        ) -> Tensor:
+            constant = zero if ablation == "zero" else mean.get(sites[layer])
+            return source[layer][prompt] if constant is None else constant.expand(shape)
 
         variants = _variants(model, len(group), replacement)
         clean_logits = torch.cat(
@@ -80,7 +86,7 @@ def ablate_heads(
         )
         read = _reader(metric, group, clean_logits)
         clean = read(clean_logits, torch.arange(len(group)))[:, 0].cpu()
-        values = run_variants(
+        values = sweep(
             model,
             group.clean,
             variants,
@@ -107,11 +113,12 @@ def head_outputs(model: Model, tokens: Int[Tensor, "prompt pos"], batch_size: in
     return [torch.cat([cache["z", layer] for cache in caches]) for layer in range(model.n_layers)]
 
 
-def _variants(model: Model, n_prompts: int, replacement: Callable[[int, int], float | Tensor]) -> list[Variant]:
+def _variants(model: Model, n_prompts: int, replacement: Callable[[int, int], Tensor]) -> list[Variant]:
     return [
-        Variant(prompt, (Edit(Site("z", layer), heads=[head], value=replacement(prompt, layer)),))
+        Variant(prompt, (Edit(Site("z", layer), heads=[head], value=value),))
         for prompt in range(n_prompts)
         for layer in range(model.n_layers)
+        for value in [replacement(prompt, layer)]
         for head in range(model.n_heads)
     ]
 

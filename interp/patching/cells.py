@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -44,9 +44,10 @@ def grid(sites: Sequence[Site], axes: Sequence[Axis], shape: Sequence[int]) -> t
     return ([len(sites)] if "layer" in axes else []) + lengths, cells
 
 
-def cell_edit(site: Site, place: dict[str, int], value: Tensor) -> Edit:
-    """The edit that writes the part of `value` (a whole activation) at this place."""
-    return Edit(site, value=value, **{_EDIT_FIELD[axis]: [index] for axis, index in place.items()})  # type: ignore[arg-type]
+def cell_edit(site: Site, place: Mapping[str, int | Sequence[int]], value: Tensor) -> Edit:
+    """The edit that writes the part of `value` (a whole activation) at this place, or at several along an axis."""
+    index = {_EDIT_FIELD[axis]: [one] if isinstance(one, int) else list(one) for axis, one in place.items()}
+    return Edit(site, value=value, **index)  # type: ignore[arg-type]
 
 
 def part(activation: Tensor, site: Site, place: dict[str, int]) -> Tensor:

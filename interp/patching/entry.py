@@ -8,7 +8,7 @@ stay as in the base run in every layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from interp.model.sites import SITE_DIMS, SITE_NAMES
 from interp.patching.variant import Variant
 
 _ORDER = {kind: index for index, kind in enumerate(SITE_NAMES)}
+_ROW_LOCAL = frozenset(SITE_NAMES) - {"embed", "resid_pre", "ln1", "k", "rot_k", "v", "ln_final"}
+"""Sites where a change at one position changes nothing at other positions of the same layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,12 @@ class SiteEdit:
     """The layer in which it acts; the number of layers for the final norm."""
     edit: Edit
     tap: TapFn
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions chosen, counted from the start; to be asked only where some are."""
+        assert isinstance(self.edit.positions, list)
+        return self.edit.positions
 
     @property
     def sees_all_positions(self) -> bool:
@@ -59,17 +67,33 @@ class Entry:
     start: int
     """Its first position that differs from the base run."""
     edits: tuple[SiteEdit, ...]
+    local: tuple[int, ...] | None = None
+    """The only positions that its first layer changes, where that is known; the others leave it as in the base run."""
+
+    @property
+    def joins(self) -> int:
+        """The layer from which on all its rows are run."""
+        return self.layer if self.local is None else self.layer + 1
 
 
-def site_edits(model: Model, edits: Sequence[Edit]) -> tuple[SiteEdit, ...]:
+def site_edits(model: Model, edits: Sequence[Edit], length: int) -> tuple[SiteEdit, ...]:
     """The edits site by site, in computation order; those of one site in the order given.
 
+    Args:
+        model: the model.
+        edits: edits of one run.
+        length: tokens of its prompt: positions are counted from the start from here on.
+
     Raises:
-        ValueError: for a site, layer or head that does not exist.
+        ValueError: for a site, layer, head or position that does not exist.
     """
+    resolved = [
+        edit if edit.positions is None else replace(edit, positions=resolve_positions(edit.positions, length))
+        for edit in edits
+    ]
     found = [
         SiteEdit(tap.site, model.n_layers if tap.site.kind == "ln_final" else tap.site.layer or 0, edit, tap.fn)
-        for edit in edits
+        for edit in resolved
         for tap in model.edit_taps(edit)
     ]
     return tuple(sorted(found, key=lambda one: (one.layer, _ORDER[one.site.kind])))
@@ -94,7 +118,17 @@ def entry_of(
     left = edits[first:]
     whole = whole or any(edit.sees_all_positions for edit in left)
     start = 0 if whole else min(one for one in starts[first:] if one is not None)
-    return Entry(index, variant.prompt, left[0].layer, start, left)
+    local = None if whole else _local_positions(left, start)
+    return Entry(index, variant.prompt, left[0].layer, start, left, local)
+
+
+def _local_positions(edits: Sequence[SiteEdit], start: int) -> tuple[int, ...] | None:
+    """The positions that the first layer's edits change, if they say so and the layer carries changes no further."""
+    first = [one for one in edits if one.layer == edits[0].layer]
+    if any(one.site.kind not in _ROW_LOCAL or one.edit.positions is None for one in first):
+        return None
+    chosen: set[int] = set().union(*(one.positions for one in first))
+    return tuple(sorted(position for position in chosen if position >= start))
 
 
 class BaseDifferences:
@@ -153,6 +187,6 @@ def _changed_positions(differs: NDArray[np.bool_], edit: SiteEdit) -> NDArray[np
     changed = np.asarray(differs.any(axis=others))
     if edit.edit.positions is not None:
         within = np.zeros_like(changed)
-        within[resolve_positions(edit.edit.positions, len(changed))] = True
+        within[edit.positions] = True
         changed &= within
     return changed

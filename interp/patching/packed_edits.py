@@ -1,6 +1,6 @@
 """Edits on packed rows: those of many variants, written into one activation at once.
 
-Rows of a variant are consecutive and stand for positions `start` to the end of its prompt. Edits that write parts of
+Rows of a variant are consecutive and stand for consecutive positions of its prompt. Edits that write parts of
 one tensor are gathered into one indexed copy; any other edit is applied to its variant's rows by its own tap.
 """
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from interp.model.edit import resolve_columns, resolve_positions
+from interp.model.edit import resolve_columns
 from interp.model.hooks import Run
 from interp.model.sites import SITE_DIMS
 from interp.patching.entry import SiteEdit
@@ -28,13 +28,18 @@ class PlacedEdit:
     edit: SiteEdit
     first_row: int
     start: int
-    length: int
-    """Tokens of the prompt; the variant owns `length - start` rows."""
+    stop: int
+    """The rows are positions `start` to `stop` of its variant."""
+
+    @property
+    def rows(self) -> slice:
+        """Where they are in the packed matrix."""
+        return slice(self.first_row, self.first_row + self.stop - self.start)
 
     @property
     def run(self) -> Run:
-        """How the edit's tap has to read the variant's rows."""
-        return Run(n_past=self.start, first_key=self.start, lead=(1, self.length - self.start))
+        """How the edit's tap has to read these rows: some positions of a longer prompt, as in decoding."""
+        return Run(n_past=self.start, first_key=self.start, decoding=True, lead=(1, self.stop - self.start))
 
 
 def apply_packed(activation: Tensor, placed: Sequence[PlacedEdit]) -> Tensor:
@@ -71,7 +76,7 @@ def _rounds(placed: Sequence[PlacedEdit]) -> list[list[PlacedEdit]]:
 
 
 def _apply_one(edited: Tensor, one: PlacedEdit) -> None:
-    rows = edited[:, one.first_row : one.first_row + one.length - one.start]
+    rows = edited[:, one.rows]
     new = one.edit.tap(rows, one.run)
     if new is not None:
         rows.copy_(new)
@@ -97,8 +102,9 @@ def _place(one: PlacedEdit, dims: Sequence[str], shape: Sequence[int]) -> tuple[
     """Where an edit writes, as indices into the activation flattened over the axes it chooses along, and what."""
     edit, value = one.edit.edit, one.edit.edit.value
     assert isinstance(value, Tensor)
-    chosen = range(one.length) if edit.positions is None else resolve_positions(edit.positions, one.length)
-    positions = [position for position in chosen if position >= one.start]
+    positions = list(range(one.start, one.stop))
+    if edit.positions is not None:
+        positions = [position for position in one.edit.positions if one.start <= position < one.stop]
     index = np.asarray(positions, dtype=np.int64) - one.start + one.first_row
     part = _take(value, 0, positions)
     for axis, columns in _columns(one, dims, shape):

@@ -1,4 +1,4 @@
-"""Rows of many variants packed into one matrix, and cut into blocks of whole variants."""
+"""Rows of many variants packed into one matrix, and cut into blocks of whole spans of positions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,29 @@ from interp.kernels.suffix_attention import SuffixLayout
 from interp.patching.entry import Entry
 
 
+@dataclass(frozen=True)
+class Span:
+    """Some consecutive positions of a variant."""
+
+    entry: Entry
+    start: int
+    stop: int
+
+    @property
+    def n_rows(self) -> int:
+        """How many positions."""
+        return self.stop - self.start
+
+
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """Consecutive variants whose rows pass a layer together."""
+    """Consecutive spans whose rows pass a layer together."""
 
-    entries: tuple[Entry, ...]
+    spans: tuple[Span, ...]
     rows: slice
     """Where they are in the packed matrix."""
+    first_row: tuple[int, ...]
+    """First row of each span, within the block."""
     layout: SuffixLayout
     prompt: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
@@ -28,63 +44,50 @@ class RowBlock:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Variants in a fixed order, each with the rows from its start to the end of its prompt."""
+    """Spans in a fixed order, row after row."""
 
-    entries: tuple[Entry, ...]
-    length: int
-    """Tokens of every prompt."""
+    spans: tuple[Span, ...]
     prompt: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     first_row: tuple[int, ...]
-    """First row of each variant, and the number of rows."""
+    """First row of each span, and the number of rows."""
 
     @property
-    def n_rows(self) -> int:
-        """Rows of the packed matrix."""
-        return self.first_row[-1]
-
-    @property
-    def base_rows(self) -> Int[Tensor, " row"]:
-        """Where each row is in the base run's [prompt * pos] rows."""
-        return self.prompt * self.length + self.position
-
-    @property
-    def last_rows(self) -> Int[Tensor, " variant"]:
-        """The row of each variant's last position."""
+    def last_rows(self) -> Int[Tensor, " span"]:
+        """The last row of each span."""
         return torch.tensor(self.first_row[1:]) - 1
 
     def rows_of(self, kept: Sequence[int]) -> Int[Tensor, " row"]:
-        """The rows of some of the variants, by their places in `entries`."""
+        """The rows of some of the spans, by their places in `spans`."""
         first = self.first_row
         return torch.cat([torch.arange(first[one], first[one + 1]) for one in kept])
 
     def blocks(self, rows_a_block: int) -> Iterator[RowBlock]:
-        """Whole variants, up to about this many rows a block."""
+        """Whole spans, up to about this many rows a block."""
         begin = 0
-        for end in range(1, len(self.entries) + 1):
-            full = end == len(self.entries) or self.first_row[end + 1] - self.first_row[begin] > rows_a_block
+        for end in range(1, len(self.spans) + 1):
+            full = end == len(self.spans) or self.first_row[end + 1] - self.first_row[begin] > rows_a_block
             if full:
                 yield self._block(begin, end)
                 begin = end
 
     def _block(self, begin: int, end: int) -> RowBlock:
-        entries = self.entries[begin:end]
+        spans = self.spans[begin:end]
         rows = slice(self.first_row[begin], self.first_row[end])
         layout = SuffixLayout(
-            prompt=tuple(entry.prompt for entry in entries),
-            start=tuple(entry.start for entry in entries),
-            length=tuple(self.length - entry.start for entry in entries),
+            prompt=tuple(span.entry.prompt for span in spans),
+            start=tuple(span.start for span in spans),
+            length=tuple(span.n_rows for span in spans),
         )
-        return RowBlock(entries, rows, layout, self.prompt[rows], self.position[rows])
+        first_row = tuple(row - rows.start for row in self.first_row[begin:end])
+        return RowBlock(spans, rows, first_row, layout, self.prompt[rows], self.position[rows])
 
 
-def pack(entries: Sequence[Entry], length: int) -> Packing:
-    """Pack variants of prompts of this length, in the order given."""
-    starts = np.array([entry.start for entry in entries])
-    lengths = length - starts
+def pack(spans: Sequence[Span]) -> Packing:
+    """Pack spans in the order given."""
+    starts = np.array([span.start for span in spans])
+    lengths = np.array([span.n_rows for span in spans])
     first_row = np.concatenate([[0], np.cumsum(lengths)])
-    prompt = np.repeat(np.array([entry.prompt for entry in entries]), lengths)
+    prompt = np.repeat(np.array([span.entry.prompt for span in spans]), lengths)
     position = np.arange(first_row[-1]) - np.repeat(first_row[:-1] - starts, lengths)
-    return Packing(
-        tuple(entries), length, torch.from_numpy(prompt), torch.from_numpy(position), tuple(first_row.tolist())
-    )
+    return Packing(tuple(spans), torch.from_numpy(prompt), torch.from_numpy(position), tuple(first_row.tolist()))

@@ -93,8 +93,9 @@ def sweep(
         FloatingPointError: if a value is NaN or infinite, naming the edits of the first such variant.
         MemoryError: if a single variant does not fit.
     """
-    edits = [site_edits(model, variant.edits) for variant in variants]
-    base = [site_edits(model, one) for one in base_edits]
+    length = prompts.shape[1]
+    edits = [site_edits(model, variant.edits, length) for variant in variants]
+    base = [site_edits(model, one, length) for one in base_edits]
     by_reference = reference or bool(why_reference(model, _sites_of([*edits, *base])))
     packed = [index for index, one in enumerate(edits) if not (by_reference or _needs_all_rows_at_the_end(one))]
     others = sorted(set(range(len(variants))).difference(packed))
@@ -112,7 +113,9 @@ def sweep(
                 keep(group, [one.index for one in entries[some]], [one.prompt for one in entries[some]], logits)
 
     with progress_bar(len(packed), description, "run", progress=progress) as bar:
-        for group in _groups(model, prompts, variants, packed, base_edits, _sites_of([*edits, *base]), batch_size):
+        for group in _groups(
+            model, prompts, variants, edits, packed, base_edits, _sites_of([*edits, *base]), batch_size
+        ):
             if group.unchanged:
                 index, prompt = zip(*group.unchanged, strict=True)
                 logits = group.packed.base.logits[list(prompt)]
@@ -158,8 +161,9 @@ def sweep_activations(
     Raises:
         NotImplementedError: for a model that only the reference way serves, or another site.
     """
-    edits = [site_edits(model, variant.edits) for variant in variants]
-    base = [site_edits(model, one) for one in base_edits]
+    length = prompts.shape[1]
+    edits = [site_edits(model, variant.edits, length) for variant in variants]
+    base = [site_edits(model, one, length) for one in base_edits]
     reason, layer = why_reference(model, [*_sites_of([*edits, *base]), site]), site.layer
     if reason or layer is None or "position" not in SITE_DIMS[site.kind]:
         raise NotImplementedError(f"{site}: {reason or 'only sites of a block with a position axis can be read'}")
@@ -174,7 +178,7 @@ def sweep_activations(
         values.put([entry.index for entry in entries], found)
 
     sites = list(dict.fromkeys([*_sites_of([*edits, *base]), site]))
-    for group in _groups(model, prompts, variants, range(len(variants)), base_edits, sites, batch_size):
+    for group in _groups(model, prompts, variants, edits, range(len(variants)), base_edits, sites, batch_size):
         if group.unchanged:
             index, prompt = zip(*group.unchanged, strict=True)
             values.put(index, group.packed.base.activations[site][list(prompt)])
@@ -254,7 +258,9 @@ class _Group:
 
     def in_runs(self, entries: Sequence[Entry], n_layers: int, on_runs: OnRuns) -> Callable[[int], None]:
         """A counter of rows that have passed a layer, told on as whole variants."""
-        total = sum((n_layers - entry.layer) * (self.length - entry.start) for entry in entries)
+        total = sum(
+            (n_layers - entry.joins) * (self.length - entry.start) + len(entry.local or ()) for entry in entries
+        )
         passed = told = 0
 
         def on_rows(n_rows: int) -> None:
@@ -273,6 +279,7 @@ def _groups(
     model: Model,
     prompts: Int[Tensor, "prompt pos"],
     variants: Sequence[Variant],
+    edits: Sequence[tuple[SiteEdit, ...]],
     chosen: Sequence[int],
     base_edits: Sequence[Sequence[Edit]],
     sites: Sequence[Site],
@@ -293,18 +300,22 @@ def _groups(
         here = range(*which.indices(len(prompts)))
         if not any(prompt in by_prompt for prompt in here):
             continue
-        edits = [base_edits[prompt] if base_edits else () for prompt in here]
-        taps = row_taps(model, [Variant(place, tuple(one)) for place, one in enumerate(edits)])
+        carried = [base_edits[prompt] if base_edits else () for prompt in here]
+        taps = row_taps(model, [Variant(place, tuple(one)) for place, one in enumerate(carried)])
         base = run_base(model, prompts[which], sites, taps)
-        resolved = [site_edits(model, one) for one in edits]
+        resolved = [site_edits(model, one, length) for one in carried]
         packed = PackedPass(model, base, resolved if base_edits else (), sites, rows_a_block)
         indices = [index for prompt in here for index in by_prompt.get(prompt, ())]
-        entries, unchanged = _entries(model, packed, variants, indices, here.start)
+        entries, unchanged = _entries(packed, variants, edits, indices, here.start)
         yield _Group(packed, here.start, length, entries, unchanged, max_rows, batch_size or len(variants))
 
 
 def _entries(
-    model: Model, packed: PackedPass, variants: Sequence[Variant], indices: Sequence[int], first_prompt: int
+    packed: PackedPass,
+    variants: Sequence[Variant],
+    edits: Sequence[tuple[SiteEdit, ...]],
+    indices: Sequence[int],
+    first_prompt: int,
 ) -> tuple[tuple[Entry, ...], tuple[tuple[int, int], ...]]:
     """Where the variants leave their base runs, and those that never do."""
     differences = BaseDifferences(packed.base.activations)
@@ -314,7 +325,7 @@ def _entries(
         variant = replace(variants[index], prompt=variants[index].prompt - first_prompt)
         inherited = packed.base_edits[variant.prompt] if packed.base_edits else ()
         whole = not packed.base.causal or any(edit.sees_all_positions for edit in inherited)
-        entry = entry_of(variant, index, site_edits(model, variant.edits), differences, whole=whole)
+        entry = entry_of(variant, index, edits[index], differences, whole=whole)
         if entry is None:
             unchanged.append((index, variant.prompt))
         else:

@@ -56,11 +56,14 @@ def check_ending(path: str | Path) -> EffectsFormat:
 def effects_page(effects: xr.DataArray) -> str:
     """A page with the heat map, where two axes can be drawn, and the largest effects."""
     attrs = effects.attrs
-    title = f"{attrs['model']}, {attrs['task']}: patching {attrs['site']}"
+    exact = attrs["method"] == "activation_patching"
+    title = f"{attrs['model']}, {attrs['task']}: " + (
+        f"patching {attrs['site']}" if exact else f"{attrs['method']} of {attrs['site']}"
+    )
     done = {
         "denoise": "Clean activations put into the corrupted run: does that restore the behaviour?",
         "noise": "Activations of the clean run replaced: does that break the behaviour?",
-    }[str(attrs["direction"])]
+    }[str(attrs["direction"])] + ("" if exact else " An estimate, by one backward pass; not the exact effects.")
     figure = draw_effects(effects)
     map_of_effects = [] if figure is None else [
         Section("Effects", (side_by_side([(figure, f"n = {attrs['n_prompts']} prompts.")], least=420),))
@@ -84,7 +87,7 @@ def draw_effects(effects: xr.DataArray) -> go.Figure | None:
 
 
 def largest_effects(effects: xr.DataArray, n: int) -> pd.DataFrame:
-    """The cells of largest absolute effect, largest first, one column an axis and a last one for the effect."""
+    """The cells of largest absolute effect, largest first: a column an axis, the effect, and the exact one if known."""
     flat = effects.values.ravel()
     order = np.argsort(-np.abs(np.nan_to_num(flat)), kind="stable")[:n]
     places = np.unravel_index(order, effects.shape)
@@ -92,7 +95,8 @@ def largest_effects(effects: xr.DataArray, n: int) -> pd.DataFrame:
     if "label" in effects.coords:
         after = list(frame.columns).index("position") + 1
         frame.insert(after, "token", effects["label"].values[frame["position"]])
-    return frame.assign(effect=flat[order].astype(float))
+    frame = frame.assign(effect=flat[order].astype(float))
+    return frame.assign(exact=effects["exact"].values.ravel()[order]) if "exact" in effects.coords else frame
 
 
 def _columns(frame: pd.DataFrame) -> dict[str, list]:

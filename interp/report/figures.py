@@ -8,6 +8,7 @@ grey, never white. Every figure is a plotly figure whose title says what it mean
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ UNDEFINED = "#cfd3d9"
 MASKED = "#f3f4f6"
 INK = "#1b2430"
 BLUE, RED, GREY = "#2166ac", "#b2182b", "#8a94a3"
+LINE_COLOURS = (BLUE, RED, GREY, "#1b7837", "#762a83", "#e08214")
 TOP_LABELS = 8
 """Points of a scatter that are named beside the point; all others say their name on hover."""
 
@@ -159,7 +161,7 @@ def layer_lines(values: xr.DataArray, *, title: str, unit: str) -> go.Figure:
         unit: what a value is measured in.
     """
     figure = go.Figure()
-    for part, colour in zip(values["part"].values, (BLUE, RED, GREY), strict=False):
+    for part, colour in zip(values["part"].values, itertools.cycle(LINE_COLOURS), strict=False):
         line = go.Scatter(
             x=values["layer"].values, y=values.sel(part=part).values, mode="lines+markers", name=str(part)
         )
@@ -249,17 +251,17 @@ def ranked_bars(
 
 
 def agreement_heatmap(matrix: xr.DataArray, *, title: str) -> go.Figure:
-    """Correlation of every pair of measures, the number written in each cell.
+    """How well each of some measures agrees with each of some others, the number written in each cell.
 
     Args:
-        matrix: [measure, other], from −1 to 1.
+        matrix: [measure, other], from −1 to 1, with the names as coordinates.
         title: what the figure shows, as a sentence.
     """
-    names = [str(name) for name in matrix["measure"].values]
-    text = [[f"{names[row]} and {names[column]}<br>{_number(value)}" for column, value in enumerate(values)]
+    down, across = ([str(name) for name in matrix[dim].values] for dim in matrix.dims)
+    text = [[f"{down[row]} and {across[column]}<br>{_number(value)}" for column, value in enumerate(values)]
             for row, values in enumerate(matrix.values)]  # fmt: skip
     heatmap = _heatmap(matrix.values, True, text=text, highest=1.0)
-    heatmap.update(x=names, y=names, texttemplate="%{z:.2f}", showscale=False)
+    heatmap.update(x=across, y=down, texttemplate="%{z:.2f}", showscale=False)
     figure = go.Figure(heatmap)
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(tickangle=-45, automargin=True)

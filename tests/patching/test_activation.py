@@ -6,8 +6,9 @@ import torch
 
 from interp import Edit
 from interp.metrics import bootstrap_interval, logit_diff
-from interp.patching import Variant, activation_patching, run_variants
+from interp.patching import Variant, activation_patching
 from interp.patching.packed_pass import PackedPass
+from interp.patching.reference import run_variants
 from interp.tasks import from_pairs
 
 PAIRS = [

@@ -1,0 +1,131 @@
+"""What estimates cost beside plain forward and backward passes, and how well they agree with exact effects.
+
+`python benchmarks/estimates.py [--out benchmarks/results/estimates.md]`: SmolLM2-135M, float32, IOI. Cost: every site
+of 64 prompts at once (residual streams, attention and MLP outputs, z, q, k, v, neurons), beside two plain forwards and
+one plain backward of the same prompts. Agreement: Pearson, Spearman and top-20 recall with the exact effects.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from machine import describe, interleaved_seconds
+
+import interp
+from interp.metrics import logit_diff
+from interp.patching import METHODS, activation_patching, estimates
+from interp.patching.agreement import agreement
+from interp.patching.compare import agreement_by_method, compare
+
+ALL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "mlp_post")
+MAPS = {
+    ("layer", "position"): ("resid_pre", "attn_out", "mlp_out"),
+    ("layer", "head"): ("z", "q", "k", "v"),
+}
+METHODS_COMPARED = ("atp", "atp+qk", "relp", "relp+ah", "relp+qk", "attnlrp", "cp-lrp", "secant", "gradxinput")
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=32)
+    options = parser.parse_args()
+    model = interp.load("smollm2-135m")
+    lines = [
+        "# Estimates\n",
+        f"{describe()}; SmolLM2-135M, float32, IOI (S2 swapped).\n",
+        "## Cost\n",
+        f"64 prompts, {len(ALL_SITES)} kinds of site in all layers; median of {options.repeats} interleaved runs.\n",
+        "| run | s | of two forwards + one backward |",
+        "|---|---|---|",
+        *cost(model, interp.tasks.ioi(model, n=64), options.repeats),
+        "\n## Agreement with exact effects\n",
+        f"{options.prompts} prompts, mean map; brackets: 95 % bootstrap intervals over prompts.\n",
+    ]
+    task = interp.tasks.ioi(model, n=options.prompts)
+    for by, sites in MAPS.items():
+        for direction in ("denoise", "noise"):
+            lines += agreement_tables(model, task, by, sites, direction)
+    lines += both_directions(model, task)
+    table = "\n".join(lines) + "\n"
+    print(table)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(table)
+
+
+def cost(model, task, repeats):
+    """Rows of the cost table."""
+
+    def metric(logits):
+        return logit_diff(logits[:, -1], task.answers, task.wrong).sum()
+
+    embed = model.hf.get_input_embeddings()
+
+    def plain():
+        with torch.no_grad():
+            model.hf(task.clean, use_cache=False, logits_to_keep=1)
+        inputs = embed(task.corrupted).detach().requires_grad_()
+        logits = model.hf(inputs_embeds=inputs, use_cache=False, logits_to_keep=1).logits
+        return torch.autograd.grad(metric(logits), inputs)
+
+    model.hf.requires_grad_(False)
+    runs = {"two plain forwards, one plain backward": plain}
+    for name in ("atp", "relp", "secant"):
+        runs[name] = partial(
+            estimates, model, task, sites=ALL_SITES, method=name, by=("layer",), batch_size=64, progress=False
+        )
+    seconds = interleaved_seconds(runs, repeats)
+    base = seconds["two plain forwards, one plain backward"]
+    rows = [f"| {name} | {value:.2f} | {value / base:.2f} |" for name, value in seconds.items()]
+    return [*rows, f"\nSecant / RelP: {seconds['secant'] / seconds['relp']:.2f}."]
+
+
+def agreement_tables(model, task, by, sites, direction):
+    """One table: a row for each site and method."""
+    compared = compare(model, task, methods=METHODS_COMPARED, sites=sites, by=by, direction=direction, progress=False)
+    agreed = agreement_by_method(compared)
+    lines = [
+        f"\n### {direction}, [{' x '.join(by)}]\n",
+        "| site | method | cells | Pearson | Spearman | recall 20 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for site in sites:
+        for method in METHODS_COMPARED:
+            for cells in ("all", "without layer 0"):
+                lines.append(f"| {site} | {method} | {cells} | {_measures(agreed.loc[method, site, cells])} |")
+    return lines
+
+
+def both_directions(model, task):
+    """Secant is symmetric: held against the mean of denoising and noising effects too."""
+    lines = [
+        "\n### mean of denoising and noising\n",
+        "| site | method | Pearson | Spearman | recall 20 |",
+        "|---|---|---|---|---|",
+    ]
+    for by, sites in MAPS.items():
+        for site in sites:
+            options = {"site": site, "by": by, "per_prompt": True, "progress": False}
+            exact = [activation_patching(model, task, direction=one, **options) for one in ("denoise", "noise")]
+            mean = (exact[0] + exact[1]) / 2
+            for name in ("atp", "relp", "secant"):
+                table = agreement(METHODS[name](model, task, **options), mean)
+                lines.append(f"| {site} | {name} | {_measures(table.loc['all'])} |")
+    return lines
+
+
+def _measures(row):
+    return " | ".join(
+        f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+        for name in ("pearson", "spearman", "recall_20")
+    )
+
+
+if __name__ == "__main__":
+    main()
