@@ -13,7 +13,7 @@ from interp.cli import app
 from interp.report import read
 from tests.conftest import tiny_llama_hf
 
-COMMANDS = ("report", "patch", "heads", "tasks", "models", "show")
+COMMANDS = ("report", "patch", "compare", "heads", "tasks", "models", "show")
 PAIRS = """clean,corrupted,answer,wrong
 "When Mary and John went to the store, John gave a drink to","When Mary and John went to the store, Mary gave a drink to"," Mary"," John"
 "When Tom and Bob went to the park, Bob gave a book to","When Tom and Bob went to the park, Tom gave a book to"," Tom"," Bob"
@@ -145,6 +145,48 @@ def test_patch_without_a_file_prints_the_largest_effects(on_tiny):
     assert code == 0, err
     assert "denoise resid_pre: largest effects (logit_diff), n = 2 prompts" in out
     assert "effect" in out
+
+
+@pytest.mark.parametrize("ending", ["nc", "csv", "html"])
+def test_patch_estimates_and_verifies(on_tiny, tmp_path, ending):
+    path = tmp_path / f"estimate.{ending}"
+    code, out, err = run("patch", *on_tiny, "--method", "relp", "--verify", 5, "--out", path)
+    assert code == 0, err
+    assert "the 5 largest scores against exact effects: Pearson" in out
+    if ending == "nc":
+        assert int(read(path)["exact"].notnull().sum()) == 5
+    elif ending == "csv":
+        assert pd.read_csv(path)["exact"].notna().sum() == 5
+    else:
+        assert "An estimate, by one backward pass" in path.read_text()
+    code, out, err = run("patch", *on_tiny, "--method", "relp", "--verify", 5)
+    assert code == 0, err
+    assert "relevance_patching scores" in out
+    assert "exact" in out
+
+
+def test_patch_refuses_options_that_do_not_go_together(on_tiny):
+    assert "--method exact is exact already" in refused("patch", *on_tiny, "--verify", 5)
+    assert "estimates are of resampling" in refused("patch", *on_tiny, "--method", "atp", "--ablation", "zero")
+    assert "did you mean 'relp'?" in refused("patch", *on_tiny, "--method", "relpp")
+
+
+def test_compare_prints_and_writes(on_tiny, tmp_path):
+    page, numbers = tmp_path / "agreement.html", tmp_path / "agreement.csv"
+    code, out, err = run("compare", *on_tiny, "--methods", "atp,secant", "--sites", "attn_out,mlp_out", "--out", page)
+    assert code == 0, err
+    assert "agreement with exact effects (denoise, n = 2 prompts)" in out
+    assert out.count("secant") == 4  # two sites, with layer 0 and without
+    text = page.read_text()
+    assert "Pearson with exact effects" in text
+    assert "mlp_out: secant" in text
+    code, _, err = run("compare", *on_tiny, "--methods", "atp", "--sites", "z", "--by", "layer,head", "--out", numbers)
+    assert code == 0, err
+    table = pd.read_csv(numbers)
+    assert list(table.columns[:4]) == ["method", "site", "cells", "n_cells"]
+    assert set(table["cells"]) == {"all", "without layer 0", "layer 0", "layer 1", "layer 2"}
+    assert "did you mean 'secant'" in refused("compare", *on_tiny, "--methods", "secan")
+    assert "must end in .html or .csv" in refused("compare", *on_tiny, "--out", tmp_path / "x.pdf")
 
 
 def test_heads_prints_and_writes(on_tiny, tmp_path):

@@ -225,7 +225,7 @@ def compare(
     agreed = agreement_by_method(compared, seed=seed)
     columns = summary_columns(agreed)
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    show_rows(list(columns), rows, title=f"agreement with exact effects ({direction}, n = {n} prompts)")
+    show_rows(list(columns), rows, title=f"agreement with exact effects ({direction}, n = {len(prompts)} prompts)")
     if out is not None:
         write_text(agreed.to_csv() if out.suffix == ".csv" else comparison_page(compared, agreed), out)
         wrote(out, time.perf_counter() - started)

@@ -7,8 +7,8 @@ after the blocks is done to them, in its own way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -21,15 +21,48 @@ from interp.model.tower import Tower
 
 @contextmanager
 def last_block_replaced(tower: Tower, resid: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Let the last block return these rows (as one prompt), in this thread."""
+    """Let the last block return these rows (as one prompt), in this thread; blocks between first and last are skipped.
+
+    The first runs, because what a block returns beside the stream differs by family: the skipped ones return the same.
+    """
     owner = threading.get_ident()
+    first: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == owner:
+            first[:] = [output]
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
         return (resid[None], *output[1:]) if isinstance(output, tuple) else resid[None]
 
-    handle = tower.blocks[-1].module.register_forward_hook(replace)
+    def skipped(whole: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: first[0] if threading.get_ident() == owner else whole(*args, **options)
+
+    with ExitStack() as stack:
+        stack.callback(tower.blocks[0].module.register_forward_hook(keep).remove)
+        stack.callback(tower.blocks[-1].module.register_forward_hook(replace).remove)
+        for block in tower.blocks[1:-1]:
+            # A call that is wrapped already (weights offloaded elsewhere) is left alone and runs.
+            if "forward" not in vars(block.module):
+                block.module.forward = skipped(block.module.forward)
+                stack.callback(delattr, block.module, "forward")
+        yield
+
+
+@contextmanager
+def contiguous_head(hf: Any) -> Iterator[None]:
+    """Hand the language-model head its rows in one piece.
+
+    transformers cuts the positions to keep out of the hidden states of all; of a cut like that torch makes one small
+    product a prompt, ten times slower than one product of all prompts.
+    """
+    head = hf.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: tuple(one.contiguous() for one in args))
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from interp.model.cache import Cache
 from interp.model.capture import Positions, capture_taps, gradient_taps
 from interp.model.edit import Edit
 from interp.model.finite import check_finite
-from interp.model.head_path import head_cut, last_block_replaced
+from interp.model.head_path import contiguous_head, head_cut, last_block_replaced
 from interp.model.hook_point import Hook, hook_tap
 from interp.model.hooks import Tap, left_padding, tapped
 from interp.model.inputs import Prompts, pad_id, prepare_inputs
@@ -387,7 +387,8 @@ class Model:
             options["use_cache"] = False
         if logits_to_keep and "logits_to_keep" in self._arguments:
             options["logits_to_keep"] = logits_to_keep
-        output = self.hf(**inputs, **options)
+        with contiguous_head(self.hf) if logits_to_keep else nullcontext():
+            output = self.hf(**inputs, **options)
         logits = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
         return logits[:, -logits_to_keep:] if logits_to_keep else logits
 

@@ -208,12 +208,11 @@ class _Patching:
     ) -> tuple[Float[Tensor, "prompt ..."], Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
         """Effects (not normalised) on prompts of one length, and their unpatched metric, clean and corrupted."""
         read = reading(self.metric, task)
-        clean_metric, clean = self.baseline(task.clean, read)
-        corrupted_metric, corrupted = self.baseline(task.corrupted, read)
         denoising = self.direction == "denoise"
-        tokens, base = (task.corrupted, corrupted) if denoising else (task.clean, clean)
-        source = self.replacements(clean if denoising else corrupted, means)
-        lengths, cells = grid(self.sites, self.axes, base[self.sites[0]].shape)
+        tokens, other = (task.corrupted, task.clean) if denoising else (task.clean, task.corrupted)
+        other_metric, activations = self.other_run(other, read)
+        source = self.replacements(activations, means)
+        lengths, cells = grid(self.sites, self.axes, activations[self.sites[0]].shape)
         variants = [
             Variant(prompt, tuple(cell_edit(site, place, values[site]) for site, place in cell))
             for prompt in range(len(task))
@@ -234,12 +233,14 @@ class _Patching:
         # Each prompt's first variant has no edits: what has no effect has the same value to the last bit.
         unpatched, patched = values[:, :1], values[:, 1:]
         effects = patched - unpatched if denoising else unpatched - patched
-        return effects.reshape(len(task), *lengths), clean_metric, corrupted_metric
+        base_metric = unpatched[:, 0]
+        both = (other_metric, base_metric) if denoising else (base_metric, other_metric)
+        return effects.reshape(len(task), *lengths), *both
 
-    def baseline(
+    def other_run(
         self, tokens: Int[Tensor, "prompt pos"], read: Reading
     ) -> tuple[Float[Tensor, " prompt"], dict[Site, Tensor]]:
-        """Metric of the unpatched prompts and their activations at the site, layer by layer."""
+        """Metric of the prompts that are not the base, and their activations at the site, layer by layer."""
         metrics, caches = [], []
         for which in batches(len(tokens), tokens.shape[1], self.batch_size):
             logits, cache = self.model.run_with_cache(tokens[which], self.sites, logits_to_keep=1)

@@ -47,7 +47,8 @@ def compare(
         progress: show progress bars; None: in a terminal or notebook only.
 
     Returns:
-        By site, [method, prompt, ...], the first method being "exact"; the attr `seconds` says what each took.
+        By site, [estimate, prompt, ...], the first being "exact"; the attr `seconds` says what each took. (The axis is
+        not called "method": `sel` of xarray has an argument of that name.)
 
     Raises:
         ValueError: for an unknown method, site or axis.
@@ -84,7 +85,7 @@ def compare(
         )
         arrays = {EXACT: exact, **{method: estimated[method][site] for method in methods}}
         both = xr.concat(
-            list(arrays.values()), dim=pd.Index(list(arrays), name="method"), coords="minimal", compat="override"
+            list(arrays.values()), dim=pd.Index(list(arrays), name="estimate"), coords="minimal", compat="override"
         )
         unsigned = [method for method, one in arrays.items() if one.attrs.get("unsigned", 0)]
         seconds = [float(one.attrs["seconds"]) for one in arrays.values()]
@@ -109,9 +110,9 @@ def agreement_by_method(
     tables = {}
     for site, arrays in compared.items():
         unsigned = str(arrays.attrs["unsigned"]).split(", ")
-        for method in [str(one) for one in arrays["method"].values if one != EXACT]:
-            scores = arrays.sel(method=method, drop=True).assign_attrs(unsigned=int(method in unsigned))
+        for method in [str(one) for one in arrays["estimate"].values if one != EXACT]:
+            scores = arrays.sel(estimate=method, drop=True).assign_attrs(unsigned=int(method in unsigned))
             tables[method, site] = agreement(
-                scores, arrays.sel(method=EXACT, drop=True), top_k=top_k, n_resamples=n_resamples, seed=seed
+                scores, arrays.sel(estimate=EXACT, drop=True), top_k=top_k, n_resamples=n_resamples, seed=seed
             )
     return pd.concat(tables, names=["method", "site"]).sort_index(level=["method", "site"], sort_remaining=False)

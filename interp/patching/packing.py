@@ -63,10 +63,15 @@ class Packing:
         return torch.cat([torch.arange(first[one], first[one + 1]) for one in kept])
 
     def blocks(self, rows_a_block: int) -> Iterator[RowBlock]:
-        """Whole spans, up to about this many rows a block."""
+        """Whole spans, in blocks of about equal size of at most this many rows (or one span)."""
+        n_rows = self.first_row[-1]
+        even = -(-n_rows // -(-n_rows // rows_a_block))
         begin = 0
         for end in range(1, len(self.spans) + 1):
-            full = end == len(self.spans) or self.first_row[end + 1] - self.first_row[begin] > rows_a_block
+            rows = self.first_row[end] - self.first_row[begin]
+            full = (
+                end == len(self.spans) or rows >= even or self.first_row[end + 1] - self.first_row[begin] > rows_a_block
+            )
             if full:
                 yield self._block(begin, end)
                 begin = end

@@ -74,10 +74,9 @@ def keys_fixed(
 def _softmax_input(
     scores: Float[Tensor, "*batch head query key"], sink_logits: Float[Tensor, " head"] | None
 ) -> tuple[Tensor, Tensor]:
-    """(scores with the sink as a last column, where scores are masked); rows with nothing to attend to are all 0."""
+    """(Scores with the sink as a last column, where scores are masked)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     masked = scores.isneginf()
-    scores = scores.masked_fill(masked.all(-1, keepdim=True), 0.0)
     if sink_logits is None:
         return scores, masked
     sinks = sink_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)

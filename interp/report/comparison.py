@@ -57,7 +57,7 @@ def comparison_page(compared: Mapping[str, xr.DataArray], agreed: pd.DataFrame) 
 
 def methods_of(arrays: xr.DataArray) -> list[str]:
     """The estimates among the methods, in order."""
-    return [str(method) for method in arrays["method"].values if method != EXACT]
+    return [str(method) for method in arrays["estimate"].values if method != EXACT]
 
 
 def summary_columns(agreed: pd.DataFrame) -> dict[str, list]:
@@ -101,7 +101,7 @@ def layer_agreement(agreed: pd.DataFrame, site: str) -> go.Figure:
 
 def method_scatter(arrays: xr.DataArray, site: str, method: str) -> go.Figure:
     """Every cell's estimate against its exact effect."""
-    exact, scores = (arrays.sel(method=name).mean("prompt") for name in (EXACT, method))
+    exact, scores = (arrays.sel(estimate=name).mean("prompt") for name in (EXACT, method))
     axes = [[_cell_name(str(dim), value, exact) for value in exact[dim].values] for dim in exact.dims]
     labels = [" ".join(parts) for parts in product(*axes)]
     return figures.effect_scatter(

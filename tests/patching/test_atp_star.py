@@ -21,19 +21,24 @@ def tiny(name):
     return interp.load(FAMILIES[name].make_model("eager", torch.float64))
 
 
-def through_the_pattern(model, task, kind, edits, direction):
-    """Σ (pattern with each edit − pattern) · its gradient, in one layer, from runs of the model: [prompt, edit]."""
-    base = task.corrupted if direction == "denoise" else task.clean
-    site = Site("pattern", LAYER)
+def through_the_pattern(model, task, kind, places, direction):
+    """Σ (pattern with each edit − pattern) · its gradient, in one layer, from runs of the model: [prompt, place].
+
+    An edit puts in the other run's query or key at a place, given as what `Edit` takes beside site and value. All of
+    them are rows of one batch.
+    """
+    base, source = (task.corrupted, task.clean) if direction == "denoise" else (task.clean, task.corrupted)
+    pattern, site = Site("pattern", LAYER), Site(kind, LAYER)
     _, plain, gradients = model.run_with_gradients(
-        base, lambda logits: logit_diff(logits[:, -1], task.answers, task.wrong), [site]
+        base, lambda logits: logit_diff(logits[:, -1], task.answers, task.wrong), [pattern]
     )
-    effects = []
-    for edit in edits:
-        with model.edited(edit):
-            _, changed = model.run_with_cache(base, [site])
-        effects.append(((changed[site] - plain[site]) * gradients[site]).sum((1, 2, 3)))
-    effects = torch.stack(effects, dim=1)
+    value = model.run_with_cache(source, [site])[1][site].repeat(len(places), 1, 1, 1)
+    n = len(base)
+    edits = [Edit(site, value=value, rows=range(n * one, n * one + n), **place) for one, place in enumerate(places)]
+    with model.edited(edits):
+        _, changed = model.run_with_cache(base.repeat(len(places), 1), [pattern])
+    change = changed[pattern].unflatten(0, (len(places), n)) - plain[pattern]
+    effects = (change * gradients[pattern]).sum((2, 3, 4)).T
     return (effects if direction == "denoise" else -effects).numpy()
 
 
@@ -43,24 +48,20 @@ def through_the_pattern(model, task, kind, edits, direction):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss", "qwen3", "gpt_neox", "mistral"])
 def test_queries_and_keys_go_through_the_softmax_exactly(name, kind, direction):
     model, task = tiny(name), pairs_of_tokens(n_prompts=2)
-    source = task.clean if direction == "denoise" else task.corrupted
-    _, cache = model.run_with_cache(source, kind)
-    site = Site(kind, LAYER)
     n_heads = model.n_heads_at(kind)
     options = {"site": kind, "direction": direction, "normalised": False, "per_prompt": True}
 
     # float32 inside some norms and rotary tables.
     close = {"atol": 3e-6, "rtol": 1e-5}
     by_position = qk_fixed_patching(model, task, by=("layer", "position", "head"), **options).sel(layer=LAYER)
-    places = [(position, head) for position in range(7) for head in range(n_heads)]
-    edits = [Edit(site, value=cache[site], positions=[position], heads=[head]) for position, head in places]
-    expected = through_the_pattern(model, task, kind, edits, direction).reshape(2, 7, n_heads)
+    places = [{"positions": [position], "heads": [head]} for position in range(7) for head in range(n_heads)]
+    expected = through_the_pattern(model, task, kind, places, direction).reshape(2, 7, n_heads)
     assert float(np.abs(expected).max()) > 3e-4
     np.testing.assert_allclose(by_position, expected, **close)
 
     by_head = qk_fixed_patching(model, task, by=("layer", "head"), **options).sel(layer=LAYER)
-    edits = [Edit(site, value=cache[site], heads=[head]) for head in range(n_heads)]
-    np.testing.assert_allclose(by_head, through_the_pattern(model, task, kind, edits, direction), **close)
+    expected = through_the_pattern(model, task, kind, [{"heads": [head]} for head in range(n_heads)], direction)
+    np.testing.assert_allclose(by_head, expected, **close)
 
 
 def test_other_sites_are_attribution_patching():

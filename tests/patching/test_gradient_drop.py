@@ -53,6 +53,15 @@ def test_each_backward_pass_equals_that_of_a_run_with_detached_outputs(name, fro
     assert seen == model.n_layers
 
 
+def test_late_sites_of_a_frozen_model_can_be_asked_for_alone():
+    model = interp.load(FAMILIES["llama"].make_model("eager", torch.float64).requires_grad_(False))
+    sites = model.site_names("blocks.1.attn.hook_z")
+    dropped = DroppedLayers(model, TOKENS, metric, sites)
+    for layer, gradients in enumerate(dropped.gradients()):
+        _, _, expected = detached(model, layer, [Site("embed"), *sites])
+        torch.testing.assert_close(gradients[sites[0]], expected[sites[0]], rtol=1e-9, atol=1e-10)
+
+
 def test_every_dropped_layer_changes_something_and_nothing_is_left_behind():
     model = interp.load(FAMILIES["llama"].make_model("eager", torch.float64))
     before = model(TOKENS)
