@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,15 +17,18 @@ from machine import describe, interleaved_seconds
 
 import interp
 from interp.metrics import logit_diff
-from interp.patching import METHODS, activation_patching, estimates
+from interp.patching import estimates
 from interp.patching.agreement import agreement
 from interp.patching.compare import agreement_by_method, compare
 
 ALL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "mlp_post")
-MAPS = {
-    ("layer", "position"): ("resid_pre", "attn_out", "mlp_out"),
-    ("layer", "head"): ("z", "q", "k", "v"),
-}
+POSITIONS, HEADS = ("layer", "position"), ("layer", "head")
+RUNS = (
+    (POSITIONS, ("resid_pre", "attn_out", "mlp_out"), "denoise"),
+    (POSITIONS, ("resid_pre", "attn_out", "mlp_out"), "noise"),
+    (HEADS, ("z", "q", "k", "v"), "denoise"),
+)
+HEADER = ("| site | method | cells | Pearson | Spearman | recall 20 |", "|---|---|---|---|---|---|")
 METHODS_COMPARED = ("atp", "atp+qk", "relp", "relp+ah", "relp+qk", "attnlrp", "cp-lrp", "secant", "gradxinput")
 
 
@@ -48,10 +52,13 @@ def main() -> None:
         f"{options.prompts} prompts, mean map; brackets: 95 % bootstrap intervals over prompts.\n",
     ]
     task = interp.tasks.ioi(model, n=options.prompts)
-    for by, sites in MAPS.items():
-        for direction in ("denoise", "noise"):
-            lines += agreement_tables(model, task, by, sites, direction)
-    lines += both_directions(model, task)
+    found = {}
+    for by, sites, direction in RUNS:
+        found[direction, by] = compare(
+            model, task, methods=METHODS_COMPARED, sites=sites, by=by, direction=direction, progress=False
+        )
+        lines += agreement_tables(found[direction, by], by, direction)
+    lines += both_directions(*(found[direction, POSITIONS] for direction in ("denoise", "noise")))
     table = "\n".join(lines) + "\n"
     print(table)
     if options.out:
@@ -86,37 +93,22 @@ def cost(model, task, repeats):
     return [*rows, f"\nSecant / RelP: {seconds['secant'] / seconds['relp']:.2f}."]
 
 
-def agreement_tables(model, task, by, sites, direction):
+def agreement_tables(compared, by, direction):
     """One table: a row for each site and method."""
-    compared = compare(model, task, methods=METHODS_COMPARED, sites=sites, by=by, direction=direction, progress=False)
     agreed = agreement_by_method(compared)
-    lines = [
-        f"\n### {direction}, [{' x '.join(by)}]\n",
-        "| site | method | cells | Pearson | Spearman | recall 20 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for site in sites:
-        for method in METHODS_COMPARED:
-            for cells in ("all", "without layer 0"):
-                lines.append(f"| {site} | {method} | {cells} | {_measures(agreed.loc[method, site, cells])} |")
+    lines = [f"\n### {direction}, [{' x '.join(by)}]\n", *HEADER]
+    for site, method, cells in product(compared, METHODS_COMPARED, ("all", "without layer 0")):
+        lines.append(f"| {site} | {method} | {cells} | {_measures(agreed.loc[method, site, cells])} |")
     return lines
 
 
-def both_directions(model, task):
+def both_directions(denoise, noise):
     """Secant is symmetric: held against the mean of denoising and noising effects too."""
-    lines = [
-        "\n### mean of denoising and noising\n",
-        "| site | method | Pearson | Spearman | recall 20 |",
-        "|---|---|---|---|---|",
-    ]
-    for by, sites in MAPS.items():
-        for site in sites:
-            options = {"site": site, "by": by, "per_prompt": True, "progress": False}
-            exact = [activation_patching(model, task, direction=one, **options) for one in ("denoise", "noise")]
-            mean = (exact[0] + exact[1]) / 2
-            for name in ("atp", "relp", "secant"):
-                table = agreement(METHODS[name](model, task, **options), mean)
-                lines.append(f"| {site} | {name} | {_measures(table.loc['all'])} |")
+    lines = ["\n### mean of denoising and noising, [layer x position]\n", *HEADER]
+    for site, method in product(denoise, ("atp", "relp", "secant")):
+        exact = (denoise[site].sel(estimate="exact", drop=True) + noise[site].sel(estimate="exact", drop=True)) / 2
+        scores = denoise[site].sel(estimate=method, drop=True).assign_attrs(unsigned=0)
+        lines.append(f"| {site} | {method} | all | {_measures(agreement(scores, exact).loc['all'])} |")
     return lines
 
 

@@ -129,6 +129,6 @@ def check_paths(model: Model) -> None:
     """
     if model.tower.post_norm:
         raise SiteUnavailable(
-            f"{model.anatomy.family} norms the stream after every addition, so that nothing written reaches a reader as "
-            "it is"
+            f"{model.anatomy.family} norms the stream after every addition, so that what is written never reaches a "
+            "reader as it is"
         )
