@@ -51,6 +51,7 @@ def main() -> None:
         "\n## Agreement with exact effects\n",
         f"{options.prompts} prompts, mean map; brackets: 95 % bootstrap intervals over prompts.\n",
     ]
+    print("\n".join(lines), flush=True)
     task = interp.tasks.ioi(model, n=options.prompts)
     found = {}
     for by, sites, direction in RUNS:
@@ -58,6 +59,7 @@ def main() -> None:
             model, task, methods=METHODS_COMPARED, sites=sites, by=by, direction=direction, progress=False
         )
         lines += agreement_tables(found[direction, by], by, direction)
+        print("\n".join(lines), flush=True)
     lines += both_directions(*(found[direction, POSITIONS] for direction in ("denoise", "noise")))
     table = "\n".join(lines) + "\n"
     print(table)
@@ -95,7 +97,7 @@ def cost(model, task, repeats):
 
 def agreement_tables(compared, by, direction):
     """One table: a row for each site and method."""
-    agreed = agreement_by_method(compared)
+    agreed = agreement_by_method(compared, n_resamples=200)
     lines = [f"\n### {direction}, [{' x '.join(by)}]\n", *HEADER]
     for site, method, cells in product(compared, METHODS_COMPARED, ("all", "without layer 0")):
         lines.append(f"| {site} | {method} | {cells} | {_measures(agreed.loc[method, site, cells])} |")
@@ -108,7 +110,7 @@ def both_directions(denoise, noise):
     for site, method in product(denoise, ("atp", "relp", "secant")):
         exact = (denoise[site].sel(estimate="exact", drop=True) + noise[site].sel(estimate="exact", drop=True)) / 2
         scores = denoise[site].sel(estimate=method, drop=True).assign_attrs(unsigned=0)
-        lines.append(f"| {site} | {method} | all | {_measures(agreement(scores, exact).loc['all'])} |")
+        lines.append(f"| {site} | {method} | all | {_measures(agreement(scores, exact, n_resamples=200).loc['all'])} |")
     return lines
 
 

@@ -215,7 +215,7 @@ def test_out_of_memory_means_smaller_chunks(llama, monkeypatch, caplog):
     torch.testing.assert_close(sweep(model, tokens, variants, read), expected, atol=1e-12, rtol=1e-12)
     assert "out of memory with" in caplog.text
     fits = 0
-    with pytest.raises(MemoryError, match="one variant of 9 tokens does not fit"):
+    with pytest.raises(MemoryError, match=r"one variant of \d tokens does not fit"):
         sweep(model, tokens, variants, read)
 
 
