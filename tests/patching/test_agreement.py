@@ -114,6 +114,8 @@ def test_what_is_undefined_is_nan():
     one_cell = agreement(estimate.isel(position=[0]), exact.isel(position=[0]), top_k=(1,), n_resamples=10)
     assert one_cell.loc["layer 1", ["pearson", "recall_1"]].isna().all()
     assert one_cell.loc["all", "n_cells"] == LAYERS
+    two_cells = agreement(estimate.isel(position=[0, 1]), exact.isel(position=[0, 1]), n_resamples=10)
+    assert two_cells.loc["layer 1", ["pearson", "spearman"]].isna().all()
 
 
 def test_undefined_cells_are_left_out():
