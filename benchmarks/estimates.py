@@ -12,6 +12,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from machine import describe, interleaved_seconds
 
@@ -20,6 +21,7 @@ from interp.metrics import logit_diff
 from interp.patching import estimates
 from interp.patching.agreement import agreement
 from interp.patching.compare import agreement_by_method, compare
+from interp.tasks.ioi import TEMPLATES
 
 ALL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "mlp_post")
 POSITIONS, HEADS = ("layer", "position"), ("layer", "head")
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--template-prompts", type=int, default=16)
     options = parser.parse_args()
     model = interp.load("smollm2-135m")
     lines = [
@@ -61,6 +64,7 @@ def main() -> None:
         lines += agreement_tables(found[direction, by], by, direction)
         print("\n".join(lines), flush=True)
     lines += both_directions(*(found[direction, POSITIONS] for direction in ("denoise", "noise")))
+    lines += by_template(model, options.template_prompts)
     table = "\n".join(lines) + "\n"
     print(table)
     if options.out:
@@ -112,6 +116,26 @@ def both_directions(denoise, noise):
         scores = denoise[site].sel(estimate=method, drop=True).assign_attrs(unsigned=0)
         lines.append(f"| {site} | {method} | all | {_measures(agreement(scores, exact, n_resamples=200).loc['all'])} |")
     return lines
+
+
+def by_template(model, n):
+    """How far agreement depends on the prompts: the same methods on each of the task's templates."""
+    sites, methods = ("resid_pre", "attn_out", "mlp_out"), ("atp", "relp", "secant")
+    pearson = {}
+    for number in range(len(TEMPLATES)):
+        task = interp.tasks.ioi(model, n=n, templates=[number])
+        compared = compare(model, task, methods=methods, sites=sites, progress=False)
+        table = agreement_by_method(compared, n_resamples=0).xs("all", level="cells")["pearson"]
+        pearson[number] = [table[method, site] for site, method in product(sites, methods)]
+    columns = [f"{site} {method}" for site, method in product(sites, methods)]
+    values = np.array(list(pearson.values()))
+    rows = {str(number): row for number, row in pearson.items()} | {"median": np.median(values, axis=0)}
+    return [
+        f"\n### Pearson by template ({n} prompts each), denoise, [layer x position], all cells\n",
+        f"| template | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+        *(f"| {name} | {' | '.join(f'{value:.3f}' for value in row)} |" for name, row in rows.items()),
+    ]
 
 
 def _measures(row):

@@ -1,9 +1,12 @@
 """The command line, `interp ...`.
 
+Heavy libraries are imported inside commands, so that `interp --help` answers at once.
+
 Errors are one line on stderr; the exit code is 2 for bad input, 1 for a failure, 130 after Ctrl-C. `--debug`, anywhere
 on the line, shows the traceback.
 """
 
-from interp.cli.commands import app
+from interp.cli import commands, patching_commands
+from interp.cli.app import app
 
-__all__ = ["app"]
+__all__ = ["app", "commands", "patching_commands"]

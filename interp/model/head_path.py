@@ -52,24 +52,6 @@ def last_block_replaced(tower: Tower, resid: Float[Tensor, "row d_model"]) -> It
 
 
 @contextmanager
-def contiguous_head(hf: Any) -> Iterator[None]:
-    """Hand the language-model head its rows in one piece.
-
-    transformers cuts the positions to keep out of the hidden states of all; of a cut like that torch makes one small
-    product a prompt, ten times slower than one product of all prompts.
-    """
-    head = hf.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda module, args: tuple(one.contiguous() for one in args))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def head_cut(hf: Any, columns: Int[Tensor, " column"] | None) -> Iterator[bool]:
     """Let the language-model head compute some columns only, in this thread; whether it does.
 

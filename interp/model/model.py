@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +17,12 @@ from interp.model.cache import Cache
 from interp.model.capture import Positions, capture_taps, gradient_taps
 from interp.model.edit import Edit
 from interp.model.finite import check_finite
-from interp.model.head_path import contiguous_head, head_cut, last_block_replaced
+from interp.model.forward import forward
+from interp.model.head_path import head_cut, last_block_replaced
 from interp.model.hook_point import Hook, hook_tap
 from interp.model.hooks import Tap, left_padding, tapped
 from interp.model.inputs import Prompts, pad_id, prepare_inputs
-from interp.model.points import available_sites, locate
+from interp.model.points import available_sites, explain_absence
 from interp.model.sites import HEAD_KINDS, Site, SitePattern, select_sites
 from interp.model.tower import Tower, resolve
 from interp.model.weights import Weights
@@ -134,18 +135,8 @@ class Model:
         try:
             return select_sites(pattern, self.sites)
         except ValueError:
-            self._explain_absence(pattern)
+            explain_absence(self.anatomy, pattern)
             raise
-
-    def _explain_absence(self, pattern: SitePattern) -> None:
-        """Raise `SiteUnavailable` with the reason if a name is a proper site that only this model lacks."""
-        for name in [pattern] if isinstance(pattern, str) else [] if callable(pattern) else pattern:
-            for layer in (0, None):
-                try:
-                    site = Site(name, layer) if "." not in name else Site.parse(name)
-                except ValueError:
-                    continue
-                locate(self.anatomy, site)
 
     # Text and tokens
 
@@ -382,15 +373,7 @@ class Model:
         return prepare_inputs(prompts, self.tokenizer, self.device, with_position_ids=with_position_ids)
 
     def _forward(self, inputs: Mapping[str, Any], logits_to_keep: int) -> Tensor:
-        options: dict[str, Any] = {"return_dict": True}
-        if "use_cache" in self._arguments:
-            options["use_cache"] = False
-        if logits_to_keep and "logits_to_keep" in self._arguments:
-            options["logits_to_keep"] = logits_to_keep
-        with contiguous_head(self.hf) if logits_to_keep else nullcontext():
-            output = self.hf(**inputs, **options)
-        logits = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
-        return logits[:, -logits_to_keep:] if logits_to_keep else logits
+        return forward(self.hf, self._arguments, inputs, logits_to_keep)
 
     def _forward_on_path(
         self, inputs: Mapping[str, Any], sites: SitePattern, logits_to_keep: int

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.model import projections
-from interp.model.sites import INSIDE_ATTENTION, LAYERLESS, SITE_NAMES, Site, SiteUnavailable
+from interp.model.sites import INSIDE_ATTENTION, LAYERLESS, SITE_NAMES, Site, SitePattern, SiteUnavailable
 from interp.model.tower import Anatomy, Block, Tower
 
 Where = Literal["input", "output", "attention"]
@@ -98,6 +98,17 @@ def locate(anatomy: Anatomy, site: Site) -> Point:
         # Its raw tensor is the pair (z, output) seen by a hook on the output projection: see hooks.py.
         return Point(site, block.o, "output", _same, _replace)
     return _BLOCK_POINTS[site.kind](site, block, tower)
+
+
+def explain_absence(anatomy: Anatomy, pattern: SitePattern) -> None:
+    """Raise `SiteUnavailable` with the reason if a name is a proper site that only this model lacks."""
+    for name in [pattern] if isinstance(pattern, str) else [] if callable(pattern) else pattern:
+        for layer in (0, None):
+            try:
+                site = Site(name, layer) if "." not in name else Site.parse(name)
+            except ValueError:
+                continue
+            locate(anatomy, site)
 
 
 def head_results(z: Tensor, block: Block, tower: Tower) -> Tensor:

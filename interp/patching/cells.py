@@ -48,9 +48,3 @@ def cell_edit(site: Site, place: Mapping[str, int | Sequence[int]], value: Tenso
     """The edit that writes the part of `value` (a whole activation) at this place, or at several along an axis."""
     index = {_EDIT_FIELD[axis]: [one] if isinstance(one, int) else list(one) for axis, one in place.items()}
     return Edit(site, value=value, **index)  # type: ignore[arg-type]
-
-
-def part(activation: Tensor, site: Site, place: dict[str, int]) -> Tensor:
-    """The part of one prompt's activation (no batch axis) that a cell patches; a view."""
-    dims = SITE_DIMS[site.kind][1:]
-    return activation[tuple(place.get(dim, slice(None)) for dim in dims)]
