@@ -11,6 +11,7 @@ from interp.patching.path import edge_effects, path_patching
 from interp.patching.relevance import relevance_patching
 from interp.patching.rules import relevance_rules
 from interp.patching.secant import secant_patching
+from interp.patching.subsets import subset_bounds
 from interp.patching.sweep import sweep, sweep_activations
 from interp.patching.variant import Variant
 from interp.patching.verify import verified, verify_top
@@ -34,6 +35,7 @@ __all__ = [
     "relevance_patching",
     "relevance_rules",
     "secant_patching",
+    "subset_bounds",
     "sweep",
     "sweep_activations",
     "verified",
