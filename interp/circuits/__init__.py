@@ -1,4 +1,37 @@
-"""Circuits: the computational graph of a model, discovery, evaluation and drawing.
+"""Circuits: the graph of a model, methods that find the part that carries a behaviour, and tests of what they find."""
 
-Not built yet: nothing can be imported from here in this version.
-"""
+from interp.circuits.acdc import acdc
+from interp.circuits.circuit import Circuit
+from interp.circuits.controls import completeness, minimality, random_control
+from interp.circuits.discover import METHODS, discover
+from interp.circuits.edge_scores import attribution_edge_scores, secant_edge_scores
+from interp.circuits.evaluate import faithfulness_curve, run_circuits
+from interp.circuits.exact_edges import exact_edge_scores
+from interp.circuits.graph import Graph
+from interp.circuits.known import KNOWN
+from interp.circuits.roc import edge_roc, node_roc
+from interp.circuits.storage import load, save, to_dot, to_graphml, to_networkx
+
+__all__ = [
+    "KNOWN",
+    "METHODS",
+    "Circuit",
+    "Graph",
+    "acdc",
+    "attribution_edge_scores",
+    "completeness",
+    "discover",
+    "edge_roc",
+    "exact_edge_scores",
+    "faithfulness_curve",
+    "load",
+    "minimality",
+    "node_roc",
+    "random_control",
+    "run_circuits",
+    "save",
+    "secant_edge_scores",
+    "to_dot",
+    "to_graphml",
+    "to_networkx",
+]

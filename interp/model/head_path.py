@@ -21,9 +21,24 @@ from interp.model.tower import Tower
 
 @contextmanager
 def last_block_replaced(tower: Tower, resid: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Let the last block return these rows (as one prompt), in this thread; blocks between first and last are skipped.
+    """Let the last block return these rows (as one prompt), in this thread; blocks between first and last are skipped."""
+    owner = threading.get_ident()
 
-    The first runs, because what a block returns beside the stream differs by family: the skipped ones return the same.
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != owner:
+            return None
+        return (resid[None], *output[1:]) if isinstance(output, tuple) else resid[None]
+
+    with first_blocks_skipped(tower, tower.n_layers - 1), ExitStack() as stack:
+        stack.callback(tower.blocks[-1].module.register_forward_hook(replace).remove)
+        yield
+
+
+@contextmanager
+def first_blocks_skipped(tower: Tower, n_layers: int) -> Iterator[None]:
+    """Leave out all of the first blocks but one, in this thread: what they return is then what the first returns.
+
+    That one runs, because what a block returns beside the stream differs by family.
     """
     owner = threading.get_ident()
     first: list[Any] = []
@@ -32,18 +47,12 @@ def last_block_replaced(tower: Tower, resid: Float[Tensor, "row d_model"]) -> It
         if threading.get_ident() == owner:
             first[:] = [output]
 
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
-        if threading.get_ident() != owner:
-            return None
-        return (resid[None], *output[1:]) if isinstance(output, tuple) else resid[None]
-
     def skipped(whole: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **options: first[0] if threading.get_ident() == owner else whole(*args, **options)
 
     with ExitStack() as stack:
         stack.callback(tower.blocks[0].module.register_forward_hook(keep).remove)
-        stack.callback(tower.blocks[-1].module.register_forward_hook(replace).remove)
-        for block in tower.blocks[1:-1]:
+        for block in tower.blocks[1:n_layers]:
             # A call that is wrapped already (weights offloaded elsewhere) is left alone and runs.
             if "forward" not in vars(block.module):
                 block.module.forward = skipped(block.module.forward)

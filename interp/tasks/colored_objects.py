@@ -26,9 +26,10 @@ def colored_objects(model: Model, n: int = 64, *, seed: int = 0, one_length: boo
     """Colored objects: which colour has the thing that is asked for?
 
     A worked question comes first; the second asks for one of three things. Key positions: COLOR and OBJECT (the thing
-    asked for, where it is described), ASKED (in the question), END. Answer: its colour, capitalised; wrong: the colour
-    that the corrupted question asks for; metric: logit difference. (The third colour is neither, so that chance is an
-    accuracy of one half.) Small models stay near chance, SmolLM2-135M among them: see `interp.tasks.accuracy` first.
+    asked for, where it is described), WRONG and THIRD (the colours of the other two, WRONG that of the wrong answer),
+    ASKED (in the question), END. Answer: its colour, capitalised; wrong: the colour that the corrupted question asks
+    for; metric: logit difference. (The third colour is neither, so that chance is an accuracy of one half.) Small
+    models stay near chance, SmolLM2-135M among them: see `interp.tasks.accuracy` first.
 
     Args:
         model: whose tokenizer is used.
@@ -57,11 +58,13 @@ def colored_objects(model: Model, n: int = 64, *, seed: int = 0, one_length: boo
         example, question = scene(generator), scene(generator)
         shown = generator.randint(1, 3)
         asked, other = generator.sample((1, 2, 3), 2)
+        third = 6 - asked - other
         solved, _ = fill(SCENE, example | {"asked": example[f"thing{shown}"]})
         opening = f"{solved} {example[f'color{shown}'].capitalize()}\n"
         clean, ends = fill(SCENE, question | {"asked": question[f"thing{asked}"]})
         corrupted, _ = fill(SCENE, question | {"asked": question[f"thing{other}"]})
-        slots = {"COLOR": f"color{asked}", "OBJECT": f"thing{asked}", "ASKED": "asked"}
+        slots = {"COLOR": f"color{asked}", "WRONG": f"color{other}", "THIRD": f"color{third}"}
+        slots |= {"OBJECT": f"thing{asked}", "ASKED": "asked"}
         return Pair(
             opening + clean,
             opening + corrupted,

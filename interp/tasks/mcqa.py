@@ -39,10 +39,10 @@ def mcqa(
     """Multiple choice: which letter labels the option that was stated?
 
     One worked question comes first, so that the model knows to answer with a letter. Key positions: COLOR (in the
-    sentence), LABEL and OPTION (the right option and its letter), END. Answer: the letter; wrong: the three others;
-    metric: logit difference against their mean, so that chance is an accuracy of one quarter. Small models stay near
-    chance (in the second source, only the 70B model of its family did the task), SmolLM2-135M among them: look at
-    `interp.tasks.accuracy` first.
+    sentence), LABEL and OPTION (the right option and its letter), LABEL1 to LABEL4 (all letters), END. Answer: the
+    letter; wrong: the three others; metric: logit difference against their mean, so that chance is an accuracy of one
+    quarter. Small models stay near chance (in the second source, only the 70B model of its family did the task),
+    SmolLM2-135M among them: look at `interp.tasks.accuracy` first.
 
     Args:
         model: whose tokenizer is used.
@@ -76,6 +76,7 @@ def mcqa(
         else:
             corrupted, _ = fill(TEMPLATE, _words(thing, options, right, _rearranged(generator)))
         slots = {"COLOR": "color", "LABEL": f"label{right}", "OPTION": f"option{right}"}
+        slots |= {f"LABEL{place + 1}": f"label{place}" for place in range(len(LETTERS))}
         return Pair(
             opening + clean,
             opening + corrupted,

@@ -68,6 +68,9 @@ def test_colored_objects_answers_with_the_colour_of_the_thing(model: interp.Mode
         assert wrong == {color_asked(corrupted.split("\nQ:")[1]).capitalize()}
         tokens = [task.str_tokens[row][int(task.positions[mark][row])].strip() for mark in ("COLOR", "OBJECT", "ASKED")]
         assert tokens == [color_asked(question), tokens[2], re.search(r"is the (\w+)\?", question).group(1)]
+        others = [task.str_tokens[row][int(task.positions[mark][row])].strip() for mark in ("WRONG", "THIRD")]
+        assert {color.capitalize() for color in others[:1]} == wrong
+        assert {color_asked(question), *others} == set(re.findall(r"\ban? (\w+) \w+[,.]", question))
 
 
 def color_asked(text: str) -> str:
@@ -116,6 +119,8 @@ def test_mcqa_answers_with_the_letter_of_the_stated_colour(corruption: str, mode
         label, option = (task.str_tokens[row][int(task.positions[mark][row])].strip() for mark in ("LABEL", "OPTION"))
         assert f"\n{label}. {option}\n" in question
         assert {label} == right
+        labels = [task.str_tokens[row][int(task.positions[f"LABEL{place}"][row])].strip() for place in (1, 2, 3, 4)]
+        assert labels == list("ABCD")
 
 
 def letter_of(text: str) -> str:
