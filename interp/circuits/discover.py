@@ -216,12 +216,12 @@ def discover(
     graph = Graph.of(model)
     assert found.scores is not None
     scores = found.scores(_Call(model, task, direction, metric, seed, batch_size, progress))
-    values, attrs = scores.values.astype(np.float32), {**scores.attrs, "level": found.level}
+    values, attrs = scores.values.astype(np.float32), {**provenance(model, task), **scores.attrs}
     if found.level == "node":
         if nodes is not None:
             threshold = _of_best_nodes(values, nodes)
         values = edge_scores_of_nodes(graph, values)
-    attrs["method"] = method
+    attrs |= {"method": method, "level": found.level}
     circuit = Circuit(graph, values, np.zeros(values.shape, dtype=bool), attrs)
     if threshold is None and edges is None:
         edges = min(DEFAULT_EDGES, graph.n_edges // 10)

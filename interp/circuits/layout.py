@@ -35,7 +35,7 @@ _SOFT = 0.5
 _EASINGS = 3
 _PARALLEL = 0.14
 """How far lines between the same two nodes bulge apart."""
-_POINTS_A_ROW = 5
+_POINTS_A_ROW = 8
 """Points of a line between two rows."""
 
 
