@@ -15,8 +15,8 @@ BENCHMARKS := $(filter-out benchmarks/machine.py,$(wildcard benchmarks/*.py))
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(CORE) ## which heads of SmolLM2-135M matter for IOI? writes ioi.html
-	$(BIN)/interp report --model smollm2-135m --task ioi --out ioi.html
+demo: $(CORE) ## the circuit of IOI in SmolLM2-135M, and which heads matter; writes ioi.html
+	$(BIN)/interp report --model smollm2-135m --task ioi --circuit secant --out ioi.html
 
 test: $(DEVELOP) ## run the tests (ARGS="-k patching" narrows, WORKERS=1 runs them one by one)
 	$(BIN)/pytest --numprocesses $(WORKERS) $(ARGS)

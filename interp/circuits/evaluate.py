@@ -170,7 +170,7 @@ def faithfulness_curve(
     Args:
         model: the model.
         task: clean and corrupted prompts with answers; others than the circuit was found on, if it is to generalise.
-        circuit: its scores are used, not its mask.
+        circuit: its scores make the curve; its mask is measured beside it.
         sizes: shares of all edges.
         ablation: as in `run_circuits`.
         constants: as in `run_circuits`.
@@ -178,8 +178,9 @@ def faithfulness_curve(
         progress: show a progress bar; None: in a terminal or notebook only.
 
     Returns:
-        Dataset over [ranking, size]: `faithfulness`, `kl` (of the circuit's prediction from the model's, nats),
-        `accuracy` and `n_edges`; attrs `cpr` and `cmd`.
+        Dataset over [ranking, size]: `faithfulness`, `metric`, `kl` (of the circuit's prediction from the model's,
+        nats), `accuracy` and `n_edges`; the same of the circuit's own edges as `circuit_faithfulness` and so on, if it
+        has any; attrs `cpr` and `cmd`.
 
     Raises:
         ValueError: for sizes outside 0..1, or if model and empty circuit have the same metric.
@@ -196,11 +197,17 @@ def faithfulness_curve(
     masks = [
         top_edges(graph, circuit.scores, count, signed=ranking == "signed") for ranking in RANKINGS for count in counts
     ]
+    own = [circuit.mask] if circuit.n_edges else []
     values, said = measured(
-        model, task, graph, masks, ablation=ablation, constants=constants, metric=metric, progress=progress
+        model, task, graph, [*masks, *own], ablation=ablation, constants=constants, metric=metric, progress=progress
     )
     shape = (len(RANKINGS), len(shares))
-    data = {name: (("ranking", "size"), one.mean(1).numpy().reshape(shape)) for name, one in values.items()}
+    means = {name: one.mean(1).numpy() for name, one in values.items()}
+    data: dict[str, Any] = {
+        name: (("ranking", "size"), one[: len(masks)].reshape(shape)) for name, one in means.items()
+    }
+    if own:
+        data |= {f"circuit_{name}": float(one[-1]) for name, one in means.items()}
     data["n_edges"] = (("ranking", "size"), np.tile(counts, (len(RANKINGS), 1)))
     curve = xr.Dataset(data, coords={"ranking": list(RANKINGS), "size": shares})
     cpr, cmd = areas(curve["faithfulness"])

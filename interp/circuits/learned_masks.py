@@ -39,6 +39,8 @@ WARM_UP = 0.7
 """Share of the steps in which edge pruning raises its target."""
 FIRMNESS, ASCENT = 300.0, 20.0
 """Of edge pruning's constraint: weight of the squared miss, and what the multiplier grows by a step and miss."""
+ROUNDING = 1e-6
+"""A divergence (nats) that is not more than this is none."""
 
 
 def subnetwork_probing_scores(
@@ -103,16 +105,16 @@ def edge_pruning_scores(
     *,
     sparsity: float = 0.95,
     steps: int = 300,
-    learning_rate: float = 0.2,
+    learning_rate: float = 0.1,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> xr.DataArray:
     """Edge pruning: how likely a learned gate on each edge is open, when only so many may be.
 
-    Loss = mean KL of the prediction from the model's (nats) + D·(a·m + 300·m²). m is the expected share of closed gates
-    less its target, which rises from 0 to `sparsity` over 70 % of the steps; a grows by 20·m a step; D is the divergence
-    of a run with every edge cut. Cost and memory are those of `subnetwork_probing_scores`.
+    Loss = mean KL of the prediction from the model's (nats) + D·(a·m + 300·m²). m is the expected share of closed
+    gates less its target, which rises from 0 to `sparsity` over 70 % of the steps; a grows by 20·m a step; D is the
+    divergence of a run with every edge cut. Cost and memory are those of `subnetwork_probing_scores`.
 
     Args:
         model: a model whose stream is a sum of what is written.
@@ -146,7 +148,7 @@ def edge_pruning_scores(
         return gates.new_zeros(1, *where.shape).masked_scatter(where[None], gates)
 
     scale = float(training.divergence(masks(torch.zeros(graph.n_edges, device=model.device))).mean())
-    if not scale > 0:
+    if not scale > ROUNDING:
         raise ValueError("a run with every edge cut predicts what the model does: there is no behaviour to keep")
     multiplier = 0.0
 
@@ -197,7 +199,8 @@ class _Training:
             price: from probabilities and the number of the step to what the loss has beside the divergence.
         """
         log_alpha = torch.full((n_gates,), log_alpha_of(BEGIN_OPEN), device=self.model.device, requires_grad=True)
-        optimiser = torch.optim.Adam([log_alpha], lr=self.learning_rate)
+        # With many gates and a small divergence, gradients come near Adam's usual eps.
+        optimiser = torch.optim.Adam([log_alpha], lr=self.learning_rate, eps=1e-12)
         batches = self.circuits.forever()
         with torch.enable_grad(), progress_bar(self.steps, self.name, "step", progress=self.progress) as bar:
             for step in range(1, self.steps + 1):

@@ -81,7 +81,7 @@ def answer_attribution(model: Model, task: Task, *, batch_size: int | None = Non
     on_right = effect.gather(-1, right[:, None, None].expand(-1, effect.shape[1], 1)).squeeze(-1)
     low, high = bootstrap_interval(on_right)
     names = _names(model, answers)
-    return xr.Dataset(
+    found = xr.Dataset(
         {
             "effect": (("prompt", "node", "answer"), effect.numpy()),
             "on_right": ("node", on_right.mean(0).numpy()),
@@ -103,6 +103,7 @@ def answer_attribution(model: Model, task: Task, *, batch_size: int | None = Non
             "seconds": time.perf_counter() - started,
         },
     )
+    return found.sortby("answer")  # token ids are in no order that a reader knows
 
 
 def output_nodes(

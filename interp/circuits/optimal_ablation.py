@@ -15,7 +15,6 @@ from numpy import ndarray
 from torch import Tensor
 
 from interp.circuits.evaluate import mean_outputs
-from interp.circuits.graph import Graph
 from interp.circuits.training import CircuitTraining
 from interp.model import Model
 from interp.patching.progress import progress_bar
@@ -70,7 +69,8 @@ def optimal_constants(
             raise ValueError(f"{what}={value}; it is greater than 0")
     generator = torch.Generator().manual_seed(seed)
     circuits = CircuitTraining(model, task, batch_size, generator)
-    draw = _drawing(circuits.graph, masks, generator)
+    draw = _drawing(circuits, masks, generator)
+    exists = torch.from_numpy(circuits.graph.exists).to(model.device)
     constants = mean_outputs(model, circuits.groups, circuits.graph, circuits.heads).requires_grad_()
     optimiser = torch.optim.Adam([constants], lr=learning_rate)
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
@@ -78,9 +78,13 @@ def optimal_constants(
     with torch.enable_grad(), progress_bar(steps, "optimal ablation", "step", progress=progress) as bar:
         for _ in range(steps):
             # A run keeps its graph only for masks that need a gradient; it is then there for the constants as well.
-            mask = draw().to(model.device, torch.float32).requires_grad_()
-            loss = circuits.divergence(mask[None], next(batches), constants).mean()
-            (constants.grad,) = torch.autograd.grad(loss, [constants])
+            kept = draw().to(model.device)
+            mask = kept.to(torch.float32)[None].requires_grad_()
+            loss = circuits.divergence(mask, next(batches), constants).mean()
+            (gradient,) = torch.autograd.grad(loss, [constants])
+            # The gradient of a writer that is not cut is 0 but for rounding, of which Adam would make whole steps.
+            is_cut = (~kept & exists).any(-1).reshape(-1, len(constants)).any(0)
+            constants.grad = gradient * is_cut[:, None]
             optimiser.step()
             falling.step()
             bar.set_postfix(kl=f"{loss.detach():.4f}")
@@ -89,16 +93,21 @@ def optimal_constants(
 
 
 def _drawing(
-    graph: Graph, masks: Bool[ndarray, "circuit *pos writer reader"] | None, generator: torch.Generator
+    circuits: CircuitTraining, masks: Bool[ndarray, "circuit *pos writer reader"] | None, generator: torch.Generator
 ) -> Callable[[], Bool[Tensor, "*pos writer reader"]]:
     """What draws the circuit of a step.
 
     Raises:
         ValueError: for masks of another shape.
     """
+    edges = circuits.graph.exists.shape
     if masks is None:
-        return lambda: torch.rand(graph.exists.shape, generator=generator) >= torch.rand(1, generator=generator)
-    if masks.ndim not in (3, 4) or not len(masks) or masks.shape[-2:] != graph.exists.shape:
-        raise ValueError(f"masks have the shape {masks.shape}; this graph's are [circuit, ..., {graph.exists.shape}]")
+        return lambda: torch.rand(edges, generator=generator) >= torch.rand(1, generator=generator)
+    if masks.ndim not in (3, 4) or not len(masks) or masks.shape[-2:] != edges:
+        raise ValueError(f"masks have the shape {masks.shape}; this graph's are [circuit, ..., {edges}]")
+    lengths = {len(group.clean_ids[0]) for group in circuits.groups}
+    if masks.ndim == 4 and lengths != {masks.shape[1]}:
+        found = ", ".join(map(str, sorted(lengths)))
+        raise ValueError(f"masks are for prompts of {masks.shape[1]} tokens; this task has prompts of {found}")
     known = torch.from_numpy(np.ascontiguousarray(masks))
     return lambda: known[int(torch.randint(len(known), (1,), generator=generator))]

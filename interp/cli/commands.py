@@ -34,6 +34,9 @@ def report(
     n_interventions: Annotated[int, typer.Option(help="Prompts for the ablation of every head.")] = 6,
     n_maps: Annotated[int, typer.Option(help="Prompts for layer × position maps, value and pattern patches.")] = 4,
     seed: SeedOption = 0,
+    circuit: Annotated[
+        str | None, typer.Option(help="Find and show a circuit: a method (interp circuits methods), or a .json file.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="html, csv (a row a head), json or nc. By default what --out ends in.")
     ] = None,
@@ -49,6 +52,8 @@ def report(
     **Examples**
 
         interp report --model smollm2-135m --task ioi --out ioi.html
+
+        interp report --model smollm2-135m --task ioi --circuit eap-ig --out ioi.html
 
         interp report --model gpt2 --task greater_than --out years.nc --device cuda
 
@@ -70,6 +75,7 @@ def report(
         n_interventions=n_interventions,
         n_maps=n_maps,
         seed=seed,
+        circuit=circuit,
         command=command_line(),
         progress=progress,
     )

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from interp.model import Model
+from interp.report.circuit_section import check_circuit
 from interp.report.figures import head_label
 from interp.report.page import page, paragraph, summary
 from interp.report.sections import sections
@@ -30,6 +31,7 @@ def heads(
     n_interventions: int = 6,
     n_maps: int = 4,
     seed: int = 0,
+    circuit: str | None = None,
     command: str | None = None,
     progress: bool | None = None,
 ) -> Path:
@@ -48,6 +50,7 @@ def heads(
         n_interventions: prompts for the ablation of every head.
         n_maps: prompts for the layer × position maps, and for value and pattern patches.
         seed: of bootstrap intervals and of the random tokens that attention is scored on.
+        circuit: show a circuit too: a method of `interp.circuits.METHODS`, or a file of `interp.circuits.save`.
         command: how the report was asked for, shown in it; the call of this function by default.
         progress: show progress bars; None: in a terminal or notebook only.
 
@@ -68,6 +71,7 @@ def heads(
         n_interventions=n_interventions,
         n_maps=n_maps,
         seed=seed,
+        circuit=check_circuit(circuit) if circuit is not None else None,
         command=command or called,
         keep_parts=parts,
         progress=progress,

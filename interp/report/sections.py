@@ -2,7 +2,8 @@
 
 Behaviour -> where the answer appears (logit lens, layers) -> which heads write it -> what they look at -> where the
 information is (patching maps) -> which heads matter -> moved by values or by patterns -> kinds of attention -> backup
--> do the measures agree -> all heads -> how it was made. Each function takes the study (see `study.py`) and only draws.
+-> the circuit -> do the measures agree -> all heads -> how it was made. Each function takes the study (see `study.py`)
+and only draws.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from interp.report import figures
+from interp.report.circuit_section import circuit_section
 from interp.report.head_sections import (
     agreement,
     all_heads,
@@ -43,6 +45,7 @@ def sections(study: xr.Dataset) -> list[Section]:
         (values_and_patterns, ("patch_value", "patch_pattern")),
         (attention_kinds, ("induction",)),
         (backup, ("direct_before",)),
+        (circuit_section, ("circuit_score",)),
         (agreement, ("importance_resample",)),
         (all_heads, ("importance_resample",)),
         (making, ()),

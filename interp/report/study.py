@@ -9,7 +9,8 @@ forward passes of one prompt (L layers, H heads, G key/value heads):
 4. values and patterns: L G + L H a prompt;
 5. positions: 3 L a prompt and position, from the first token that differs;
 6. top heads: attention pattern and output of a few heads on one prompt;
-7. backup: direct effects once more, with the strongest writer ablated.
+7. backup: direct effects once more, with the strongest writer ablated;
+8. circuit, if asked for: what its method costs, and 22 circuits to test it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from interp.heads.norms import linear_norm
 from interp.metrics import bootstrap_interval
 from interp.model import Edit, Model, Site
 from interp.patching import activation_patching
+from interp.report.circuit_section import circuit_variables
 from interp.report.figures import head_label
 from interp.report.machine import describe_run
 from interp.report.measures import extreme_heads
@@ -55,6 +57,7 @@ def head_study(
     n_maps: int = 4,
     n_direct: int = 32,
     seed: int = 0,
+    circuit: str | None = None,
     command: str = "",
     keep_parts: Path | None = None,
     progress: bool | None = None,
@@ -70,6 +73,7 @@ def head_study(
         n_maps: prompts for the layer × position maps, and for value and pattern patches; they share their positions.
         n_direct: prompts for logit lens and direct logit attribution.
         seed: of bootstrap intervals and of the random tokens that attention is scored on.
+        circuit: find a circuit by this method, or take it from this .json file, and test it; None: no circuit.
         command: how the study was asked for, kept in its attrs.
         keep_parts: a folder for finished parts: the same call takes them from there instead of computing them again.
         progress: show progress bars; None: in a terminal or notebook only.
@@ -99,7 +103,15 @@ def head_study(
     if bool((task.wrong < 0).all(-1).any()):
         # Direct effects split logit(answer) − logit(wrong), and this task names no wrong answer.
         parts = {name: compute for name, compute in parts.items() if name not in ("layers", "backup")}
-    sizes = {"n_interventions": n_interventions, "n_maps": n_maps, "n_direct": n_direct, "seed": seed}
+    if circuit is not None:
+        parts["circuit"] = lambda: circuit_variables(model, direct, circuit, seed=seed, progress=progress)
+    sizes: dict[str, int | str] = {
+        "n_interventions": n_interventions,
+        "n_maps": n_maps,
+        "n_direct": n_direct,
+        "seed": seed,
+    }
+    sizes |= {} if circuit is None else {"circuit": circuit}
     kept = Parts(keep_parts, fingerprint(model, task, sizes))
     seconds: dict[str, float] = {}
     for name, compute in parts.items():

@@ -94,6 +94,9 @@ def test_the_curve_runs_from_nothing_to_everything():
     whole, nothing, some = values["metric"].double().mean(1)
     expected = float((some - nothing) / (whole - nothing))
     assert float(curve["faithfulness"].sel(ranking="signed", size=0.1)) == pytest.approx(expected, abs=1e-6)
+    own = faithfulness_curve(model, task, circuit.select(edges=19, signed=True, prune=False), sizes=(1,))
+    assert float(own["circuit_faithfulness"]) == pytest.approx(expected, abs=1e-6)
+    assert float(own["circuit_metric"]) == pytest.approx(float(some), abs=1e-6)
 
 
 def test_areas_by_hand():
