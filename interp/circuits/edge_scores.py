@@ -68,7 +68,8 @@ def attribution_edge_scores(
         path: where gradients are taken. "none": at the base run (EAP). "inputs": the mean along a straight line between
             the embeddings (EAP-IG). "activations": along a straight line for the output of one layer's attention or MLP
             at a time, the rest recomputed, mean over all of them (as its authors' code does; for single edges that is
-            no integral; gradients go on through the output that is moved, which theirs do not). "clean-corrupted": at both runs.
+            no integral; gradients go on through the output that is moved, which theirs do not). "clean-corrupted": at
+            both runs.
         steps: points on the path, at the middle of as many equal pieces.
         rules: relevance rules for the backward pass, a preset of `relevance_rules` ("relp"); None: plain gradients.
         direction: the base run is the clean one for "noise", the corrupted one for "denoise".

@@ -62,7 +62,8 @@ def subnetwork_probing_scores(
     Args:
         model: a model whose stream is a sum of what is written.
         task: clean and corrupted prompts; answers play no part.
-        penalty: nats that a node must be worth to stay, about. (The reference's λ is this times the number of nodes.)
+        penalty: nats that an open gate costs. Gates begin open, and those of nodes whose absence costs more than about
+            a third of it stay so. (The reference's λ is this times the number of nodes.)
         steps: training steps, each on one batch and one draw of all gates.
         learning_rate: of log_alpha.
         seed: of batches and gates; the same seed gives the same scores.

@@ -37,11 +37,13 @@ def one_head():
     return model
 
 
+FAST = {"steps": 100, "learning_rate": 0.2}
+"""Half the steps, each twice as large."""
 PATH = [("embed", "L1H2.k"), ("embed", "L1H2.v"), ("L1H2", "logits")]
 
 
 def test_gates_of_dead_nodes_close_and_that_of_the_live_one_stays_open(one_head):
-    scores = subnetwork_probing_scores(one_head, pairs_of_tokens(8))
+    scores = subnetwork_probing_scores(one_head, pairs_of_tokens(8), **FAST)
     assert scores.dims == ("node",)
     assert scores["node"].values.tolist() == list(Graph.of(one_head).writers)
     is_live = scores["node"].isin(["embed", "L1H2"])
@@ -52,26 +54,23 @@ def test_gates_of_dead_nodes_close_and_that_of_the_live_one_stays_open(one_head)
 
 
 def test_the_penalty_is_what_a_node_must_be_worth(one_head):
-    """The only live head is worth the divergence between clean and corrupted predictions: half of it is paid."""
+    """The only live head is worth the divergence of corrupted predictions: so much is paid, ten times is not."""
     task = pairs_of_tokens(8)
     worth = float(kl_divergence(one_head(task.clean)[:, -1], one_head(task.corrupted)[:, -1]).mean())
-    cheap, dear = (subnetwork_probing_scores(one_head, task, penalty=share * worth) for share in (0.5, 4.0))
+    cheap, dear = (subnetwork_probing_scores(one_head, task, penalty=share * worth, **FAST) for share in (1.0, 10.0))
     assert float(cheap.sel(node="L1H2")) > 0.9
     assert float(dear.sel(node="L1H2")) < 0.1
     assert dear.attrs["n_open"] == 0
     assert dear.attrs["kl"] == pytest.approx(worth, rel=1e-4)
 
 
-@pytest.mark.parametrize("sparsity", [0.9, 0.98])
-def test_gates_of_edges_off_the_path_close(one_head, sparsity):
-    graph = Graph.of(one_head)
-    scores = edge_pruning_scores(one_head, pairs_of_tokens(8), sparsity=sparsity)
+def test_gates_of_edges_off_the_path_close(one_head):
+    graph, sparsity = Graph.of(one_head), 0.9
+    scores = edge_pruning_scores(one_head, pairs_of_tokens(8), sparsity=sparsity, steps=150, learning_rate=0.2)
     assert scores.dims == ("writer", "reader")
     np.testing.assert_array_equal(np.isfinite(scores), graph.exists)
     best = top_edges(graph, scores.values, len(PATH))
-    assert sorted((graph.writers[writer], graph.readers[reader]) for writer, reader in np.argwhere(best)) == sorted(
-        PATH
-    )
+    assert {(graph.writers[writer], graph.readers[reader]) for writer, reader in np.argwhere(best)} == set(PATH)
     assert float(scores.values[best].min()) > 0.95
     assert scores.attrs["n_open"] == len(PATH)
     assert scores.attrs["kl"] < 1e-6
@@ -83,7 +82,7 @@ def test_a_pruned_circuit_of_a_model_where_everything_matters():
     """As sparse as asked, and nearer to the model than the same number of edges by EAP-IG or at random."""
     model, task = tiny(), pairs_of_tokens(16)
     graph, sparsity = Graph.of(model), 0.8
-    scores = edge_pruning_scores(model, task, sparsity=sparsity)
+    scores = edge_pruning_scores(model, task, sparsity=sparsity, steps=200, learning_rate=0.15)
     n_edges = round((1 - sparsity) * graph.n_edges)
     others = [
         attribution_edge_scores(model, task, path="inputs").values,

@@ -43,7 +43,7 @@ def test_constants_for_a_circuit_do_less_harm_than_mean_and_zero():
     model, task = tiny(), pairs_of_tokens(16)
     graph = Graph.of(model)
     masks = (np.random.default_rng(0).random((1, *graph.exists.shape)) < 0.5) & graph.exists
-    constants = optimal_constants(model, task, masks=masks)
+    constants = optimal_constants(model, task, masks=masks, steps=150, learning_rate=5e-3)
     assert constants.shape == (len(graph.writers), model.d_model)
     assert not constants.requires_grad
     optimal, mean, zero = (
@@ -59,7 +59,7 @@ def test_constants_for_no_circuit_in_particular_serve_others_and_other_prompts()
     graph = Graph.of(model)
     draws = np.random.default_rng(5).random((9, *graph.exists.shape))
     masks = (draws < np.linspace(0.1, 0.9, 9)[:, None, None]) & graph.exists
-    constants = optimal_constants(model, task)
+    constants = optimal_constants(model, task, steps=150, learning_rate=5e-3)
     optimal, mean = (
         losses(model, task, masks, **how).mean() for how in ({"constants": constants}, {"ablation": "mean"})
     )
@@ -71,7 +71,7 @@ def test_the_best_constant_of_a_linear_readout_is_found():
     model, task = tiny(), pairs_of_tokens(1)
     masks = without(Graph.of(model), "mlp2")[None]
     start = float(losses(model, task, masks, constants=means(model, task)))
-    constants = optimal_constants(model, task, masks=masks, learning_rate=0.02)
+    constants = optimal_constants(model, task, masks=masks, steps=150, learning_rate=0.05)
     assert start > 1e-3
     assert float(losses(model, task, masks, constants=constants)) < 1e-2 * start
 

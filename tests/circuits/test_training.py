@@ -65,7 +65,7 @@ def test_divergence_is_that_of_circuit_evaluation(with_constants):
 
 
 # RMSNorm rounds to float32 inside.
-@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-5), ("falcon", 1e-5), ("llama", 2e-3), ("gemma2", 2e-3)])
+@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-4), ("falcon", 1e-4), ("llama", 2e-3), ("gemma2", 2e-3)])
 def test_gradients_are_slopes(name, tolerance):
     """Of fractional masks, and of constants."""
     model, task = tiny(name), pairs_of_tokens()
