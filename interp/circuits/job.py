@@ -41,7 +41,7 @@ from interp.circuits.cell_files import (
 )
 from interp.circuits.circuit import Circuit
 from interp.circuits.discover import discover
-from interp.circuits.evaluate import faithfulness_curve, measured
+from interp.circuits.evaluate import faithfulness_curve
 from interp.circuits.storage import save
 from interp.circuits.sweep_file import Sweep, model_label, task_label
 from interp.model import Model
@@ -54,7 +54,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SUMMARY = "summary.csv"
-MEASURES = ("n_edges", "n_nodes", "cpr", "cmd", "faithfulness", "kl", "accuracy", "metric_model", "metric_empty")
+OWN = ("faithfulness", "kl", "accuracy")
+MEASURES = ("n_edges", "n_nodes", "cpr", "cmd", *OWN, "metric_model", "metric_empty")
 """Columns of the summary after model, task and method; `error` is the last one."""
 
 
@@ -83,11 +84,12 @@ class _Cell:
 
     circuit: Circuit
     curve: xr.Dataset
-    measures: Mapping[str, float]
+    measures: Mapping[str, float | None]
 
     def write(self, folder: Path) -> None:
         save(self.circuit, folder / "circuit.json")
-        frame = self.curve.to_dataframe().reset_index()
+        along = [name for name, one in self.curve.items() if one.ndim]
+        frame = self.curve[along].to_dataframe().reset_index()
         (folder / "curve.csv").write_text(
             frame.to_csv(index=False, lineterminator="\n"), encoding="utf-8", newline="\n"
         )
@@ -135,7 +137,8 @@ def run_job(
                     rows.append(_row(plan, folder, names, loaded, prompts, bar, progress))
             del loaded
             gc.collect()  # before the next model is loaded
-    frame = pd.DataFrame(rows).astype({"n_edges": "Int64", "n_nodes": "Int64"})  # a failed cell has none
+    kinds = dict.fromkeys(MEASURES, "float64") | {"n_edges": "Int64", "n_nodes": "Int64"}  # a failed cell has none
+    frame = pd.DataFrame(rows).astype(kinds)
     replace_text(frame.drop(columns="seconds").to_csv(index=False, lineterminator="\n"), folder / SUMMARY)
     return frame
 
@@ -223,23 +226,14 @@ def _compute(model: Model, prompts: _Prompts, plan: Sweep, method: str, progress
         metric=plan.metric,
         progress=progress,
     )
-    own, said = measured(
-        model,
-        prompts.tested_on,
-        circuit.graph,
-        [circuit.mask],
-        ablation=plan.ablation,
-        metric=plan.metric,
-        progress=progress,
-    )
-    found = {
+    measures: dict[str, float | None] = {
         "n_edges": circuit.n_edges,
         "n_nodes": len(circuit.nodes),
-        **{name: curve.attrs[name] for name in ("cpr", "cmd")},
-        **{name: float(one.mean()) for name, one in own.items()},
-        **{name: said[name] for name in ("metric_model", "metric_empty")},
+        **{name: curve.attrs[name] for name in ("cpr", "cmd", "metric_model", "metric_empty")},
+        # A circuit without edges has none of these.
+        **{name: float(curve[f"circuit_{name}"]) if circuit.n_edges else None for name in OWN},
     }
-    return _Cell(circuit, curve, {name: found[name] for name in MEASURES})
+    return _Cell(circuit, curve, {name: measures[name] for name in MEASURES})
 
 
 def _pass_over(bar: tqdm) -> None:

@@ -21,7 +21,7 @@ from interp.model.tower import Tower
 
 @contextmanager
 def last_block_replaced(tower: Tower, resid: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Let the last block return these rows (as one prompt), in this thread; those between first and last are skipped."""
+    """Let the last block return these rows (as one prompt), in this thread; those in between are skipped."""
     owner = threading.get_ident()
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
