@@ -4,11 +4,14 @@ from interp.circuits.acdc import acdc
 from interp.circuits.circuit import Circuit
 from interp.circuits.controls import completeness, minimality, random_control
 from interp.circuits.discover import METHODS, discover
+from interp.circuits.drawing import draw, simplified
 from interp.circuits.edge_scores import attribution_edge_scores, secant_edge_scores
 from interp.circuits.evaluate import faithfulness_curve, run_circuits
 from interp.circuits.exact_edges import exact_edge_scores
 from interp.circuits.graph import Graph
 from interp.circuits.known import KNOWN
+from interp.circuits.optimal_ablation import optimal_constants
+from interp.circuits.reuse import overlap, transfer
 from interp.circuits.roc import edge_roc, node_roc
 from interp.circuits.storage import load, save, to_dot, to_graphml, to_networkx
 
@@ -21,17 +24,22 @@ __all__ = [
     "attribution_edge_scores",
     "completeness",
     "discover",
+    "draw",
     "edge_roc",
     "exact_edge_scores",
     "faithfulness_curve",
     "load",
     "minimality",
     "node_roc",
+    "optimal_constants",
+    "overlap",
     "random_control",
     "run_circuits",
     "save",
     "secant_edge_scores",
+    "simplified",
     "to_dot",
     "to_graphml",
     "to_networkx",
+    "transfer",
 ]

@@ -51,12 +51,6 @@ class Stream:
         """Dimensions of a part."""
         return self.parts[part].stop - self.parts[part].start
 
-    def anchor(self, embedding: Float[Tensor, "token d_model"]) -> None:
-        """Give every token the anchor."""
-        embedding[:, self["one"]] = ANCHOR
-        if self.centred:
-            embedding[:, self["minus"]] = -ANCHOR
-
     def balance(self, written: Float[Tensor, "row d_model"]) -> None:
         """Make the mean of what each row writes zero, if the norm takes off the mean."""
         if self.centred:
@@ -132,6 +126,20 @@ def blank(hf: Any, stream: Stream) -> None:
         parameter.copy_(stream.gains if is_gain else torch.zeros_like(parameter))
 
 
+def embed_words(
+    tokens: Float[Tensor, "token d_model"], stream: Stream, positions: Float[Tensor, "position d_model"] | None = None
+) -> None:
+    """Each token is a direction of the part "token", and the anchor; each learned position one of "position"."""
+    tokens[:, stream["token"]] = torch.eye(len(tokens))
+    stream.balance(tokens)
+    tokens[:, stream["one"]] = ANCHOR
+    if stream.centred:
+        tokens[:, stream["minus"]] = -ANCHOR
+    if positions is not None:
+        positions[:, stream["position"]] = torch.eye(len(positions))
+        stream.balance(positions)
+
+
 def distract(block: Block, stream: Stream, generator: torch.Generator, *, heads: list[int], kv_heads: list[int]) -> None:
     """Give heads random weights: they read the whole stream and write where nobody but their like reads.
 
@@ -145,7 +153,7 @@ def distract(block: Block, stream: Stream, generator: torch.Generator, *, heads:
 
     for head in heads:
         normal(block.q[head], 0.3)
-        normal(block.o[head][:, unread], 0.1)
+        normal(block.o[head][:, unread], _unread_scale(stream))
     for head in kv_heads:
         normal(block.k[head], 0.3)
         normal(block.v[head], 0.3)
@@ -157,7 +165,12 @@ def distract_mlp(block: Block, stream: Stream, generator: torch.Generator) -> No
         if view is not None:
             view.copy_(torch.randn(view.shape, generator=generator) * 0.3)
     written = block.mlp_out[:, stream["unread"]]
-    written.copy_(torch.randn(written.shape, generator=generator) * 0.1)
+    written.copy_(torch.randn(written.shape, generator=generator) * _unread_scale(stream))
+
+
+def _unread_scale(stream: Stream) -> float:
+    """What distractors write is shorter than what the circuit does, however many directions are unread."""
+    return float(0.3 / stream.size("unread") ** 0.5)
 
 
 def finish(blocks: list[Block], stream: Stream) -> None:

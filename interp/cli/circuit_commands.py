@@ -1,0 +1,370 @@
+"""`interp discover`, `interp evaluate`, and `interp circuits ...`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from interp.cli.app import app
+from interp.cli.options import (
+    MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ProgressOption,
+    SeedOption,
+    TaskOption,
+    load_model_and_task,
+)
+from interp.cli.printing import show_frame, show_rows, wrote
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+    from interp.circuits import Circuit
+
+ROWS = 20
+AblationOption = Annotated[
+    str, typer.Option(help="What edges outside the circuit carry: resample (the corrupted run), mean or zero.")
+]
+MetricOption = Annotated[str | None, typer.Option(help="The task's own by default.")]
+
+circuits = typer.Typer(
+    name="circuits",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Compare circuits, list the methods that find them, and run many as one job.",
+)
+app.add_typer(circuits)
+
+
+@app.command()
+def discover(
+    model: ModelOption = MODEL,
+    task: TaskOption = "ioi",
+    method: Annotated[str, typer.Option(help="How to find it: see interp circuits methods.")] = "relp",
+    edges: Annotated[
+        int | None,
+        typer.Option(help="Edges to keep, before dead ends are dropped. 200, or a tenth of a small graph's."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="For methods that score nodes: how many to keep.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Keep edges of this score or more; how acdc chooses (0.01 by default).")
+    ] = None,
+    selection: Annotated[str, typer.Option(help="top: the best edges; greedy: grown from the logits.")] = "top",
+    signed: Annotated[bool, typer.Option("--signed", help="Rank by signed scores instead of magnitudes.")] = False,
+    direction: Annotated[str, typer.Option(help="noise (does it break?) or denoise (does it restore?).")] = "noise",
+    metric: MetricOption = None,
+    n: Annotated[int, typer.Option(help="Prompt pairs.")] = 64,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="A .json, .graphml, .dot or .html file, or a folder for all four."),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    progress: ProgressOption = None,
+) -> None:
+    """Find the circuit of a behaviour: the edges between heads and MLPs that carry it.
+
+    **Examples**
+
+        interp discover --model smollm2-135m --task ioi --method eap-ig --edges 200 --out run/
+
+        interp discover --model gpt2 --task greater_than --method codes --nodes 20 --n 10
+
+        interp discover --task my_pairs.jsonl --method acdc --threshold 0.02 --out circuit.json
+    """
+    from interp.circuits import discover as find
+    from interp.circuits.discover import method_named
+    from interp.report.circuit_files import check_circuit_target, write_circuit
+
+    if out is not None:
+        check_circuit_target(out)
+    method_named(method)
+    check_among("--selection", selection, ("top", "greedy"))
+    check_among("--direction", direction, ("noise", "denoise"))
+    loaded, prompts = load_model_and_task(model, task, n, seed, device, dtype)
+    started = time.perf_counter()
+    circuit = find(
+        loaded,
+        prompts,
+        method,
+        edges=edges,
+        nodes=nodes,
+        threshold=threshold,
+        selection=selection,  # type: ignore[arg-type]
+        signed=signed,
+        direction=direction,  # type: ignore[arg-type]
+        metric=metric,
+        seed=seed,
+        progress=progress,
+    )
+    typer.echo(said_of(circuit))
+    if out is None:
+        show_circuit(circuit)
+        return
+    for path in write_circuit(circuit, out):
+        wrote(path, time.perf_counter() - started)
+
+
+@app.command()
+def evaluate(
+    circuit: Annotated[Path, typer.Option("--circuit", "-c", help="The .json file of a circuit.")],
+    model: ModelOption = MODEL,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="As elsewhere; by default the task that it was found on.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Prompt pairs.")] = 64,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the prompts; another than discover's default, so that prompts are others.")
+    ] = 1,
+    ablation: AblationOption = "resample",
+    metric: MetricOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the curve to this .csv, .json or .nc file.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    progress: ProgressOption = None,
+) -> None:
+    """Test a circuit: how much of the behaviour is left when every edge outside it is cut?
+
+    Tests the circuit itself, and the best edges by its scores at the ten sizes of the MIB benchmark.
+
+    **Examples**
+
+        interp evaluate --circuit run/circuit.json --model smollm2-135m
+
+        interp evaluate --circuit run/circuit.json --task greater_than --ablation mean --out curve.csv
+    """
+    from interp.circuits import Graph, faithfulness_curve
+    from interp.circuits.evaluate import ABLATIONS
+    from interp.circuits.storage import load
+    from interp.report.circuit_files import check_curve_target, write_curve
+
+    if out is not None:
+        check_curve_target(out)
+    check_among("--ablation", ablation, ABLATIONS)
+    found = load(circuit)
+    asked = task or str(found.attrs.get("task", ""))
+    if not asked:
+        raise ValueError(f"{circuit} does not say which task it was found on: give --task")
+    loaded, prompts = load_model_and_task(model, asked, n, seed, device, dtype)
+    graph = Graph.of(loaded)
+    if found.graph != graph:
+        raise ValueError(f"{circuit}: a circuit of {found.graph}; {loaded.name} has {graph}")
+    started = time.perf_counter()
+    curve = faithfulness_curve(
+        loaded,
+        prompts,
+        found,
+        ablation=ablation,  # type: ignore[arg-type]
+        metric=metric,
+        progress=progress,
+    )
+    typer.echo(said_of(found))
+    show_curve(curve)
+    if out is not None:
+        wrote(write_curve(curve, out), time.perf_counter() - started)
+
+
+@circuits.command()
+def methods() -> None:
+    """List the methods that find circuits.
+
+    **Example**
+
+        interp circuits methods
+    """
+    from interp.circuits import METHODS
+
+    rows = [[name, one.level, one.summary, one.cost] for name, one in METHODS.items()]
+    show_rows(["method", "scores", "what it does", "cost"], rows)
+
+
+@circuits.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Two or more .json files of circuits of one model.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write all measures of all pairs to this .csv, .json or .nc file."),
+    ] = None,
+) -> None:
+    """What circuits have in common: nodes and edges, against what chance would give.
+
+    **Examples**
+
+        interp circuits compare ioi.json greater_than.json
+
+        interp circuits compare run/gpt2/*/eap-ig/circuit.json --out overlap.csv
+    """
+    from interp.circuits.reuse import overlap
+    from interp.circuits.storage import load
+    from interp.report.circuit_files import check_curve_target, write_curve
+
+    if out is not None:
+        check_curve_target(out)
+    if len(files) < 2:
+        raise ValueError(f"{len(files)} file: give two or more to compare")
+    started = time.perf_counter()
+    loaded = dict(zip(distinct_names(files), map(load, files), strict=True))
+    found = overlap(loaded)
+    show_overlap(found)
+    shared = [head for head in next(iter(loaded.values())).heads if all(head in one.heads for one in loaded.values())]
+    typer.echo(f"heads in all of them: {', '.join(shared) or 'none'}")
+    if out is not None:
+        wrote(write_curve(found, out), time.perf_counter() - started)
+
+
+@circuits.command(name="run")
+def run_sweep(
+    sweep: Annotated[Path, typer.Argument(help="A .toml file: models, tasks, methods, and choices.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")],
+    progress: ProgressOption = None,
+) -> None:
+    """Find and test many circuits (models × tasks × methods) as one job.
+
+    Killed at any point, the same command goes on where it was. Writes a folder a cell, and summary.csv. The sweep file
+    needs three lines:
+
+        models = ["smollm2-135m"]
+
+        tasks = ["ioi", "greater_than"]
+
+        methods = ["eap-ig", "relp"]
+
+    and may set n, n_evaluation, seed, edges, threshold, selection, signed, sizes, direction, metric, ablation,
+    batch_size, device and dtype.
+
+    **Example**
+
+        interp circuits run sweep.toml --out circuits/
+    """
+    from interp.circuits.job import SUMMARY, run_job
+
+    started = time.perf_counter()
+    rows = run_job(sweep, out, progress=progress)
+    failed, computed = rows[rows["error"].notna()], int(rows["seconds"].notna().sum())
+    show_summary(rows)
+    for one in failed.itertuples():
+        typer.echo(f"failed: {one.model} {one.task} {one.method}: {one.error}")
+    typer.echo(f"{len(rows)} cells: {computed} computed, {len(rows) - computed - len(failed)} there already")
+    wrote(out / SUMMARY, time.perf_counter() - started)
+    if len(failed):
+        typer.echo(f"interp: {len(failed)} of {len(rows)} cells failed: see {out / SUMMARY}", err=True)
+        raise typer.Exit(1)
+
+
+# What they print
+
+
+def said_of(circuit: Circuit) -> str:
+    """A circuit in a sentence."""
+    attrs = circuit.attrs
+    found = (
+        f"{attrs.get('model', 'unknown model')}, {attrs.get('task', 'unknown task')}, {attrs.get('method', 'known')}"
+    )
+    dropped = f" ({attrs['n_pruned']} dead ends dropped)" if attrs.get("n_pruned") else ""
+    return (
+        f"{found}: {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges{dropped}, "
+        f"{len(circuit.heads)} heads and {len(circuit.nodes)} nodes in all"
+    )
+
+
+def show_circuit(circuit: Circuit) -> None:
+    """The strongest edges and heads as tables."""
+    import pandas as pd
+
+    from interp.report.circuit_files import strongest_heads
+    from interp.report.circuit_section import strongest_edges
+
+    edges, heads = strongest_edges(circuit, ROWS), strongest_heads(circuit, ROWS)
+    show_rows(list(edges), [[*names, f"{score:.4g}"] for *names, score in zip(*edges.values(), strict=True)],
+              title=f"strongest edges, up to {ROWS}")  # fmt: skip
+    show_frame(pd.DataFrame(heads), f"heads by Σ |score| of their edges, up to {ROWS}")
+
+
+def show_curve(curve: xr.Dataset) -> None:
+    """Faithfulness at each size, of the circuit itself, and the two areas."""
+    attrs = curve.attrs
+    magnitude, signed = (curve.sel(ranking=name) for name in ("magnitude", "signed"))
+    columns = {
+        "size": [f"{size:.1%}" for size in curve["size"].values],
+        "edges": [f"{count:,}" for count in magnitude["n_edges"].values],
+        **{name: [f"{value:.3f}" for value in magnitude[name].values] for name in ("faithfulness", "kl", "accuracy")},
+        "faithfulness by signed score": [f"{value:.3f}" for value in signed["faithfulness"].values],
+    }
+    title = (
+        f"best edges by magnitude, on {attrs['task']} ({attrs['ablation']} ablation, {attrs['metric']}, "
+        f"n = {attrs['n_prompts']} prompts)"
+    )
+    show_rows(list(columns), [list(row) for row in zip(*columns.values(), strict=True)], title=title)
+    if "circuit_faithfulness" in curve:
+        own = {name: float(curve[f"circuit_{name}"]) for name in ("faithfulness", "kl", "accuracy")}
+        typer.echo(
+            f"the circuit itself: faithfulness {own['faithfulness']:.3f}, KL {own['kl']:.3f} nats, "
+            f"accuracy {own['accuracy']:.2f}"
+        )
+    typer.echo(f"CPR {attrs['cpr']:.3f}, CMD {attrs['cmd']:.3f}")
+
+
+def show_overlap(found: xr.Dataset) -> None:
+    """Each pair of circuits in a row."""
+    names = [str(name) for name in found["first"].values]
+    sizes = {
+        name: f"{int(found['n_nodes'].sel(first=name))} nodes, {int(found['n_edges'].sel(first=name)):,} edges"
+        for name in names
+    }
+    show_rows(["circuit", "size"], [[name, size] for name, size in sizes.items()])
+    measures = {
+        "nodes": "node_jaccard",
+        "p ": "node_p",
+        "edges": "edge_jaccard",
+        "p": "edge_p",
+        "edges by score": "weighted_edge_overlap",
+        "Spearman of scores": "score_spearman",
+    }
+    rows = []
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            pair = found.sel(first=first, second=second)
+            values = {title: float(pair[name]) for title, name in measures.items()}
+            shown = [f"{one:.2g}" if title.strip() == "p" else f"{one:.3f}" for title, one in values.items()]
+            rows.append([first, second, *shown])
+    show_rows(["first", "second", *measures], rows, title="in common (Jaccard), and how likely by chance (p)")
+
+
+def show_summary(rows: pd.DataFrame) -> None:
+    """The cells of a job that were found, a row each."""
+    finished = rows[rows["error"].isna()]
+    if len(finished):
+        columns = ["model", "task", "method", "n_edges", "n_nodes", "cpr", "cmd", "faithfulness", "kl", "accuracy"]
+        show_frame(finished[columns], "circuits")
+
+
+def check_among(option: str, value: str, among: Sequence[str]) -> None:
+    """Refuse what an option does not know, before a model is loaded.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    if value not in among:
+        raise ValueError(f"{option} {value!r}: it is one of {', '.join(among)}")
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """Names of files without their ending; if two are the same, with their folders as well.
+
+    Raises:
+        ValueError: if one file is named twice.
+    """
+    for names in ([path.stem for path in files], [str(path.with_suffix("")) for path in files]):
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("one file is named twice: there is nothing to compare")

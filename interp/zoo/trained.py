@@ -1,0 +1,117 @@
+"""The trained models: what they are, what they were trained on, and their weights as they ship with the package.
+
+Their prompts are drawn here, for training and for tasks alike; `interp.zoo.training` holds the scripts.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp.zoo.configurations import gpt2_config, llama_config
+from interp.zoo.prompts import Prompt
+from interp.zoo.words import BOS, BOS_WORD, SYMBOLS
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+NAMES = tuple(
+    "Mary John Anna Paul Emma Jack Lucy Mark Rose Adam Kate Luke Jane Dean Ruth Carl Lily Noah Grace Henry".split()
+)
+PLACES = ("store", "park", "school", "office", "station", "garden")
+GIFTS = ("drink", "ring", "book", "ball", "bone", "basket")
+TEMPLATES = tuple(
+    template.split()
+    for template in (
+        "When {first} and {second} went to the {place} , {S2} gave a {gift} to",
+        "Then {first} and {second} found a {gift} , and {S2} handed it to",
+        "After {first} and {second} left the {place} , {S2} showed a {gift} to",
+        "At the {place} {first} met {second} , and {S2} passed the {gift} to",
+    )
+)
+_FIXED = tuple(dict.fromkeys(word for template in TEMPLATES for word in template if not word.startswith("{")))
+IOI_WORDS = (BOS_WORD, *NAMES, *PLACES, *GIFTS, *_FIXED)
+
+
+def induction_2l() -> Any:
+    """GPT-2 of 2 layers with 4 heads whose MLPs are zero and are not trained; random weights otherwise."""
+    from transformers import GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel(gpt2_config(len(SYMBOLS), n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=4))
+    for block in hf.transformer.h:
+        for parameter in block.mlp.parameters():
+            torch.nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
+    return hf
+
+
+def ioi_small() -> Any:
+    """Llama of 3 layers with 4 heads on 2 key/value heads, and gated MLPs; random weights."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        llama_config(
+            len(IOI_WORDS),
+            rope_theta=1e4,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=128,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def with_weights(hf: Any, name: str) -> Any:
+    """The model with the weights that ship for this name.
+
+    Raises:
+        FileNotFoundError: if the installation lacks the file.
+    """
+    from safetensors.torch import load_file
+
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights of {name!r} are missing: {path}; install interp again")
+    hf.load_state_dict(load_file(path), strict=True)
+    return hf
+
+
+def is_held_out(one: int, other: int) -> bool:
+    """Whether the names with these tokens never meet in training: a fifth of the pairs, in both orders."""
+    return (one + other) % 5 == 0
+
+
+def draw_ioi(rng: random.Random, *, held_out: bool = True) -> Prompt:
+    """A sentence with two names that never met in training (or did); corrupted, S2 is the other name."""
+    while True:
+        subject, other = rng.sample(range(1, 1 + len(NAMES)), 2)
+        if is_held_out(subject, other) == held_out:
+            break
+    subject_first = rng.random() < 0.5
+    template = rng.choice(TEMPLATES)
+    words = {
+        "{first}": subject if subject_first else other,
+        "{second}": other if subject_first else subject,
+        "{S2}": subject,
+        "{place}": IOI_WORDS.index(rng.choice(PLACES)),
+        "{gift}": IOI_WORDS.index(rng.choice(GIFTS)),
+    }
+    clean = (BOS, *(words[word] if word in words else IOI_WORDS.index(word) for word in template))
+    first, second, s2 = (1 + template.index(word) for word in ("{first}", "{second}", "{S2}"))
+    return Prompt(
+        clean=clean,
+        corrupted=(*clean[:s2], other, *clean[s2 + 1 :]),
+        answer=other,
+        wrong=subject,
+        positions={
+            "IO": second if subject_first else first,
+            "S1": first if subject_first else second,
+            "S2": s2,
+            "END": len(clean) - 1,
+        },
+    )

@@ -1,0 +1,1 @@
+"""How the zoo's trained models were trained: `python -m interp.zoo.training.train_induction --out weights/`."""
