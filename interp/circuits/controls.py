@@ -108,7 +108,9 @@ def completeness(
     nodes = np.array([name for name in circuit.nodes if name != EMBED])
     sets = [nodes[generator.random(len(nodes)) < share] for _ in range(n_subsets)]
     masks = [
-        without_nodes(circuit.graph, mask, chosen.tolist()) for chosen in sets for mask in (circuit.mask, circuit.graph.exists)
+        without_nodes(circuit.graph, mask, chosen.tolist())
+        for chosen in sets
+        for mask in (circuit.mask, circuit.graph.exists)
     ]
     values, said = measured(model, task, circuit.graph, masks, ablation=ablation, metric=metric, progress=progress)
     of_circuit, of_model = values["faithfulness"].mean(1).reshape(n_subsets, 2).T.numpy()

@@ -160,12 +160,12 @@ def _row(
     if isinstance(prompts, _Failed):
         return _failed_row(names, prompts, bar)
     tasks = [task_content(task) for task in (prompts.found_on, prompts.tested_on)]
-    digest = digest_of({"model": loaded.content, "tasks": tasks, "choices": plan.choices, **names})
+    digest = digest_of({"cell": names, "choices": plan.choices, "model": loaded.content, "tasks": tasks})
     stored = read_cell(folder, digest)
     if stored is not None:
         logger.info("%s: taken from %s", title, folder)
         _pass_over(bar)
-        return names | stored["measures"] | {"error": None, "seconds": np.nan}
+        return names | stored["measures"] | {"error": "", "seconds": np.nan}
     started = time.perf_counter()
     cell = _attempt(partial(_compute, loaded.model, prompts, plan, names["method"], progress))
     if isinstance(cell, _Failed):
@@ -174,7 +174,7 @@ def _row(
     bar.update()
     seconds = time.perf_counter() - started
     logger.info("%s: %.1f s", title, seconds)
-    return names | dict(cell.measures) | {"error": None, "seconds": seconds}
+    return names | dict(cell.measures) | {"error": "", "seconds": seconds}
 
 
 def _failed_row(names: dict[str, str], failed: _Failed, bar: tqdm) -> dict[str, Any]:

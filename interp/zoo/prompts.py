@@ -70,7 +70,6 @@ class Behaviour:
         return tuple(self.words[token] for token in ids)
 
 
-
 def repeated_sequence(
     n_words: int, *, length: int, repeated: int, successor: bool = False
 ) -> Callable[[random.Random], Prompt]:

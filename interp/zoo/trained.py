@@ -17,15 +17,17 @@ from interp.zoo.words import BOS, BOS_WORD, SYMBOLS
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-NAMES = tuple(
-    "Mary John Anna Paul Emma Jack Lucy Mark Rose Adam Kate Luke Jane Dean Ruth Carl Lily Noah Grace Henry".split()
-)
+NAMES = (
+    "Mary", "John", "Anna", "Paul", "Emma", "Jack", "Lucy", "Mark", "Rose", "Adam",
+    "Kate", "Luke", "Jane", "Dean", "Ruth", "Carl", "Lily", "Noah", "Grace", "Henry",
+)  # fmt: skip
 PLACES = ("store", "park", "school", "office", "station", "garden")
 GIFTS = ("drink", "ring", "book", "ball", "bone", "basket")
+# All of one length, so that a batch and a task are one tensor.
 TEMPLATES = tuple(
     template.split()
     for template in (
-        "When {first} and {second} went to the {place} , {S2} gave a {gift} to",
+        "When {first} and {second} visited the {place} , {S2} gave a {gift} to",
         "Then {first} and {second} found a {gift} , and {S2} handed it to",
         "After {first} and {second} left the {place} , {S2} showed a {gift} to",
         "At the {place} {first} met {second} , and {S2} passed the {gift} to",
@@ -36,14 +38,13 @@ IOI_WORDS = (BOS_WORD, *NAMES, *PLACES, *GIFTS, *_FIXED)
 
 
 def induction_2l() -> Any:
-    """GPT-2 of 2 layers with 4 heads whose MLPs are zero and are not trained; random weights otherwise."""
+    """GPT-2 of 2 layers with 4 heads whose MLPs are zero (training leaves them so); random weights otherwise."""
     from transformers import GPT2LMHeadModel
 
     hf = GPT2LMHeadModel(gpt2_config(len(SYMBOLS), n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=4))
     for block in hf.transformer.h:
         for parameter in block.mlp.parameters():
             torch.nn.init.zeros_(parameter)
-            parameter.requires_grad_(False)
     return hf
 
 

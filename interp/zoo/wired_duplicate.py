@@ -13,6 +13,8 @@ import random
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from interp.zoo.configurations import gpt2_config
 from interp.zoo.prompts import Prompt
@@ -93,7 +95,9 @@ def duplicate() -> Any:
     return hf
 
 
-def _find_duplicates(query: torch.Tensor, key: torch.Tensor, stream: Stream) -> None:
+def _find_duplicates(
+    query: Float[Tensor, "d_model d_head"], key: Float[Tensor, "d_model d_head"], stream: Stream
+) -> None:
     """Scores of an earlier copy of the token; the position itself, which is one too, is taken off again."""
     key[stream["token"], :N_WORDS] = torch.eye(N_WORDS)
     key[stream["position"], N_WORDS : N_WORDS + N_POSITIONS] = torch.eye(N_POSITIONS)

@@ -3,8 +3,8 @@
 Real norms divide by a length that depends on everything in the stream, so that every writer would matter a little to
 every reader. Here one direction of the embedding, the anchor, is so much longer than all the rest that the length is
 the same for every stream up to a share of about 1e-5; the gains of the norm undo it. A reader then sees the stream as
-it was written, and the anchor as the constant 1. Where the norm also takes off the mean (LayerNorm), a second anchor and
-a direction that nobody reads keep the mean at zero.
+it was written, and the anchor as the constant 1. Where the norm also takes off the mean (LayerNorm), a second anchor
+and a direction that nobody reads keep the mean at zero.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def gpt2_blocks(hf: Any) -> list[Block]:
     d_head = hf.config.n_embd // hf.config.n_head
 
     def block(module: Any) -> Block:
-        q, k, v = (part.unflatten(1, (-1, d_head)).transpose(0, 1) for part in module.attn.c_attn.weight.chunk(3, dim=1))
+        q, k, v = (
+            part.unflatten(1, (-1, d_head)).transpose(0, 1) for part in module.attn.c_attn.weight.chunk(3, dim=1)
+        )
         out = module.attn.c_proj.weight.unflatten(0, (-1, d_head))
         return Block(q, k, v, out, module.mlp.c_fc.weight, None, module.mlp.c_proj.weight)
 
@@ -140,7 +142,9 @@ def embed_words(
         stream.balance(positions)
 
 
-def distract(block: Block, stream: Stream, generator: torch.Generator, *, heads: list[int], kv_heads: list[int]) -> None:
+def distract(
+    block: Block, stream: Stream, generator: torch.Generator, *, heads: list[int], kv_heads: list[int]
+) -> None:
     """Give heads random weights: they read the whole stream and write where nobody but their like reads.
 
     Query and output of `heads`, key and value of `kv_heads`: in a group that shares a key/value head, a query head
@@ -179,5 +183,3 @@ def finish(blocks: list[Block], stream: Stream) -> None:
         block.q.mul_(block.q.shape[-1] ** 0.5)
         for written in block.written:
             stream.balance(written)
-
-

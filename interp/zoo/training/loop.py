@@ -26,12 +26,13 @@ def arguments(description: str, *, steps: int) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(
-    hf: Any, loss: Callable[[Any], Tensor], *, steps: int, learning_rate: float, weight_decay: float = 0.01
-) -> Any:
-    """Minimise a loss that draws its own batch, with AdamW, a short warm-up and a cosine decay to zero."""
+def train(hf: Any, loss: Callable[[Any], Tensor], *, steps: int, learning_rate: float) -> None:
+    """Minimise a loss that draws its own batch, with AdamW, a short warm-up and a cosine decay to zero.
+
+    Parameters that require no gradient stay as they are; the model is left in evaluation mode.
+    """
     trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     warm_up = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimiser,
@@ -51,7 +52,7 @@ def train(
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             logger.info("step %5d  loss %.4f", step, value.item())
-    return hf.eval()
+    hf.eval()
 
 
 def save(hf: Any, path: Path, **notes: object) -> None:

@@ -1,0 +1,67 @@
+"""Methods against circuits that are known for certain: those of the hand-wired models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from interp import zoo
+from interp.circuits import discover, edge_roc, faithfulness_curve, node_roc, secant_edge_scores
+from interp.circuits.node_scores import exact_node_scores
+
+WIRED = ("induction", "duplicate", "llama_induction")
+EDGE_METHODS = ("eap", "eap-ig", "eap-ig-activations", "eap-clean-corrupted", "relp", "exact", "edge-pruning")
+
+
+@pytest.fixture(scope="module", params=WIRED)
+def known(request):
+    name = request.param
+    return zoo.load(name), zoo.task(name, n=8), zoo.edges(name)
+
+
+@pytest.mark.parametrize("method", EDGE_METHODS)
+def test_known_edges_come_before_all_others(known, method):
+    model, task, edges = known
+    found = edge_roc(discover(model, task, method), edges)
+    assert found["auroc"] == 1
+    assert found["average_precision"] == pytest.approx(1)
+
+
+def test_acdc_keeps_the_known_edges_and_no_other(known):
+    model, task, edges = known
+    assert frozenset(discover(model, task, "acdc", threshold=0.01).edges) == edges
+
+
+def test_the_known_circuit_alone_does_the_task(known):
+    model, task, edges = known
+    circuit = discover(model, task, "exact", edges=len(edges), prune=False)
+    assert frozenset(circuit.edges) == edges
+    curve = faithfulness_curve(model, task, circuit, sizes=(0, 1))
+    assert float(curve["circuit_faithfulness"]) == pytest.approx(1, abs=0.05)
+    assert float(curve["circuit_accuracy"]) == 1
+
+
+def test_exact_effects_find_the_known_nodes(known):
+    model, task, edges = known
+    nodes = {writer for writer, _ in edges} - {"embed"}
+    nodes |= {reader.partition(".")[0] for _, reader in edges if reader.endswith(".q")}
+    assert node_roc(exact_node_scores(model, task), nodes)["auroc"] == 1
+
+
+def test_random_scores_find_nothing():
+    model, task, edges = zoo.load("duplicate"), zoo.task("duplicate", n=4), zoo.edges("duplicate")
+    found = [edge_roc(discover(model, task, "random", seed=seed), edges)["auroc"] for seed in range(30)]
+    assert 0.4 < np.mean(found) < 0.6
+
+
+def test_secant_flow_follows_what_differs_between_the_runs():
+    """Both induction prompts are matched in the same place: what differs runs through values alone.
+
+    An edge whose corruption breaks the match, but which is the same in both runs' patterns, carries no flow.
+    """
+    model, task = zoo.load("induction"), zoo.task("induction", n=8)
+    scores = secant_edge_scores(model, task).to_series().dropna()
+    carrying = {edge for edge, score in scores.items() if abs(score) > 1e-3}
+    assert carrying == {("embed", "L1H1.v"), ("L1H1", "logits")} < zoo.edges("induction")
+    duplicate = discover(zoo.load("duplicate"), zoo.task("duplicate", n=8), "secant")
+    assert edge_roc(duplicate, zoo.edges("duplicate"))["auroc"] == 1
