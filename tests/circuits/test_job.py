@@ -255,7 +255,7 @@ def test_a_model_that_is_gone_leaves_its_cells(sweep, finished, tmp_path):
         ({"n": True}, "field 'n' is True"),
         ({"edges": 0}, "edges=0"),
         ({"sizes": [2.0]}, "shares of all edges"),
-        ({"direction": "sideways"}, "one of noise, denoise"),
+        ({"direction": "sideways"}, "one of denoise, noise"),
         ({"ablation": "none"}, "one of resample, mean, zero"),
         ({"selection": "best"}, "one of top, greedy"),
         ({"metric": "loss"}, "loss"),

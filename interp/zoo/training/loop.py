@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -60,7 +61,8 @@ def save(hf: Any, path: Path, **notes: object) -> None:
     weights = {name: tensor.detach().contiguous() for name, tensor in hf.state_dict().items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(weights, unfinished, metadata={name: str(note) for name, note in notes.items()})
+        # One entry: safetensors writes several in an order that changes from run to run.
+        save_file(weights, unfinished, metadata={"training": json.dumps(notes)})
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
