@@ -18,7 +18,7 @@ import torch
 from machine import describe, interleaved_seconds, peak_memory
 
 import interp
-from interp.circuits import acdc, attribution_edge_scores, discover, faithfulness_curve, node_roc, secant_edge_scores
+from interp.circuits import acdc, attribution_edge_scores, discover, evaluate, node_roc, secant_edge_scores
 from interp.circuits.evaluate import measured
 from interp.circuits.graph import Graph
 from interp.circuits.node_scores import exact_node_scores
@@ -114,7 +114,7 @@ def faithfulness(model, found_on, tested_on, methods):
     rows = ["| method | s | CPR | CMD | at 0.1 % | 0.5 % | 1 % | 5 % | 20 % |", "|---|---|---|---|---|---|---|---|---|"]
     for method in methods:
         circuit = discover(model, found_on[: FEW.get(method, len(found_on))], method, progress=False)
-        curve = faithfulness_curve(model, tested_on, circuit, progress=False)
+        curve = evaluate(model, tested_on, circuit, progress=False)
         points = curve["faithfulness"].sel(ranking="magnitude", size=[0.001, 0.005, 0.01, 0.05, 0.2]).values
         rows.append(
             f"| {method} | {circuit.attrs['seconds']:.0f} | {curve.attrs['cpr']:.2f} | {curve.attrs['cmd']:.3f} | "

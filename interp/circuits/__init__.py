@@ -6,7 +6,7 @@ from interp.circuits.controls import completeness, minimality, random_control
 from interp.circuits.discover import METHODS, discover
 from interp.circuits.drawing import draw, simplified
 from interp.circuits.edge_scores import attribution_edge_scores, secant_edge_scores
-from interp.circuits.evaluate import faithfulness_curve, run_circuits
+from interp.circuits.evaluate import evaluate, run_circuits
 from interp.circuits.exact_edges import exact_edge_scores
 from interp.circuits.graph import Graph
 from interp.circuits.known import KNOWN
@@ -26,8 +26,8 @@ __all__ = [
     "discover",
     "draw",
     "edge_roc",
+    "evaluate",
     "exact_edge_scores",
-    "faithfulness_curve",
     "load",
     "minimality",
     "node_roc",

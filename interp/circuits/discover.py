@@ -195,7 +195,7 @@ def discover(
         progress: show a progress bar; None: in a terminal or notebook only.
 
     Returns:
-        The circuit, with the scores of all edges: `select` makes others of them, `faithfulness_curve` evaluates them.
+        The circuit, with the scores of all edges: `select` makes others of them, `evaluate` evaluates them.
 
     Raises:
         ValueError: for an unknown method, or choices that it does not have.

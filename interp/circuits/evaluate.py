@@ -1,6 +1,6 @@
 """How much of a behaviour a circuit carries: the model is run with every edge outside it cut.
 
-`run_circuits` runs any edge sets, many at once. `faithfulness_curve` takes a method's scores at several sizes and
+`run_circuits` runs any edge sets, many at once. `evaluate` takes a method's scores at several sizes and
 reports faithfulness, KL and accuracy at each, and the areas CPR and CMD of the MIB benchmark.
 """
 
@@ -149,7 +149,7 @@ def mean_outputs(
     return total / count
 
 
-def faithfulness_curve(
+def evaluate(
     model: Model,
     task: Task,
     circuit: Circuit,

@@ -41,7 +41,7 @@ from interp.circuits.cell_files import (
 )
 from interp.circuits.circuit import Circuit
 from interp.circuits.discover import discover
-from interp.circuits.evaluate import faithfulness_curve
+from interp.circuits.evaluate import evaluate
 from interp.circuits.storage import save
 from interp.circuits.sweep_file import Sweep, model_label, task_label
 from interp.model import Model
@@ -217,7 +217,7 @@ def _compute(model: Model, prompts: _Prompts, plan: Sweep, method: str, progress
     circuit = discover(model, prompts.found_on, method, **plan.limits(method), **chosen, progress=progress)
     timeless = {name: value for name, value in circuit.attrs.items() if name != "seconds"}
     circuit = replace(circuit, attrs=timeless)
-    curve = faithfulness_curve(
+    curve = evaluate(
         model,
         prompts.tested_on,
         circuit,

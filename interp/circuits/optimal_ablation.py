@@ -39,7 +39,7 @@ def optimal_constants(
     n_layers × n_writers × d_model floats for every token of a batch.
 
     >>> constants = optimal_constants(model, task, masks=circuit.mask[None])
-    >>> faithfulness_curve(model, task, circuit, constants=constants)
+    >>> evaluate(model, task, circuit, constants=constants)
 
     Args:
         model: a model whose stream is a sum of what is written.
@@ -54,7 +54,7 @@ def optimal_constants(
         progress: show a progress bar; None: in a terminal or notebook only.
 
     Returns:
-        One vector a writer, in the order of `Graph.writers`, for `run_circuits` and `faithfulness_curve`. Writers that
+        One vector a writer, in the order of `Graph.writers`, for `run_circuits` and `evaluate`. Writers that
         no circuit ablates keep their mean.
 
     Raises:

@@ -199,7 +199,7 @@ def transfer(
 ) -> xr.DataArray:
     """Faithfulness of each circuit on each task: what share of the task's behaviour the circuit alone carries.
 
-    Everything outside the circuit is ablated, as in `faithfulness_curve`; each task is measured by its own metric
+    Everything outside the circuit is ablated, as in `evaluate`; each task is measured by its own metric
     unless one is given. Costs about two forward passes for each circuit and prompt, and two more for each prompt.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from interp.cli.options import (
     DtypeOption,
     ModelOption,
     ProgressOption,
-    SeedOption,
     TaskOption,
     load_model_and_task,
 )
@@ -55,7 +55,7 @@ def discover(
     direction: Annotated[str, typer.Option(help="noise (does it break?) or denoise (does it restore?).")] = "noise",
     metric: MetricOption = None,
     n: Annotated[int, typer.Option(help="Prompt pairs.")] = 64,
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts, and of methods that draw numbers.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="A .json, .graphml, .dot or .html file, or a folder for all four."),
@@ -137,7 +137,8 @@ def evaluate(
 
         interp evaluate --circuit run/circuit.json --task greater_than --ablation mean --out curve.csv
     """
-    from interp.circuits import Graph, faithfulness_curve
+    from interp.circuits import Graph
+    from interp.circuits import evaluate as evaluate_circuit
     from interp.circuits.evaluate import ABLATIONS
     from interp.circuits.storage import load
     from interp.report.circuit_files import check_curve_target, write_curve
@@ -154,7 +155,7 @@ def evaluate(
     if found.graph != graph:
         raise ValueError(f"{circuit}: a circuit of {found.graph}; {loaded.name} has {graph}")
     started = time.perf_counter()
-    curve = faithfulness_curve(
+    curve = evaluate_circuit(
         loaded,
         prompts,
         found,
@@ -266,12 +267,16 @@ def check_among(option: str, value: str, among: Sequence[str]) -> None:
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:
-    """Names of files without their ending; if two are the same, with their folders as well.
+    """What tells the paths of files apart: their folders and names, without what all have in common.
 
     Raises:
         ValueError: if one file is named twice.
     """
-    for names in ([path.stem for path in files], [str(path.with_suffix("")) for path in files]):
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("one file is named twice: there is nothing to compare")
+    parts = [list(Path(os.path.abspath(path)).with_suffix("").parts) for path in files]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise ValueError("one file is named twice: there is nothing to compare")
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({one[end] for one in parts}) == 1:
+            for one in parts:
+                del one[end]
+    return ["/".join(one) for one in parts]

@@ -13,7 +13,7 @@ import xarray as xr
 from interp.circuits.circuit import Circuit
 from interp.circuits.discover import discover, method_named
 from interp.circuits.drawing import draw
-from interp.circuits.evaluate import faithfulness_curve
+from interp.circuits.evaluate import evaluate
 from interp.circuits.graph import Graph
 from interp.circuits.storage import load
 from interp.model import Model
@@ -63,7 +63,7 @@ def circuit_variables(
 ) -> dict[str, tuple[tuple[str, ...], Any] | xr.DataArray]:
     """A circuit and its tests as variables of a study."""
     circuit = find_circuit(model, task, asked, seed=seed, progress=progress)
-    curve = faithfulness_curve(model, task, circuit, progress=progress)
+    curve = evaluate(model, task, circuit, progress=progress)
     circuit_attrs = {name: value for name, value in circuit.attrs.items() if name != "seconds"}
     about = {
         "graph": json.dumps(circuit.graph.as_dict()),

@@ -17,10 +17,7 @@ from interp.zoo.words import LETTERS, SYMBOLS, word_tokenizer
 
 Edges = frozenset[tuple[str, str]]
 
-_EXCHANGED = (
-    "the pair that the answer depends on and another pair are exchanged throughout, so that the prompt ends in the "
-    "other pair's first token and the other pair's second is the answer"
-)
+_EXCHANGED = "in turn: the last token becomes C; A and C are exchanged where they first stand; B and D are exchanged"
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,9 @@ def load(name: str) -> Model:
 def task(name: str, n: int = 32, seed: int = 0) -> Task:
     """The task that a model was wired or trained for, on which its circuit is known.
 
-    Key positions: A, B, C, D, END for induction (A B is the pair that the answer depends on, C D the one that it is
-    exchanged with); IO, S1, S2, S2+1, END for duplicate; IO, S1, S2, END for ioi_small. Metric: logit difference.
+    Key positions: A, B, C, D, END for induction (A B is the pair that the answer depends on, C D the one that the
+    corrupted answer comes from); IO, S1, S2, S2+1, END for duplicate; IO, S1, S2, END for ioi_small. Metric: logit
+    difference.
 
     Args:
         name: one of `MODELS`.
@@ -135,10 +133,10 @@ def edges(name: str) -> Edges:
     """The circuit of a hand-wired model on its task, as (writer, reader) names (`interp.patching.edges`).
 
     An edge is in the circuit if and only if corrupting it alone changes the metric: in a clean run, its reader sees the
-    writer's output of the corrupted run and everything after it is recomputed. These edges take more than half of the
-    gap between clean and corrupted, all others less than 0.001 of it: what is left is what they change in the length of
-    the stream, by which norms divide. So an edge is out, too, if it carries the same in both runs: the previous-token
-    head attends by position, and its query and key are no part of the circuit.
+    writer's output of the corrupted run and everything after it is recomputed. Over the task, these edges take more
+    than a fifth of the gap between clean and corrupted each, all others less than 0.001 of it: what is left is what
+    they change in the length of the stream, by which norms divide. So an edge is out, too, if it carries the same in
+    both runs: the previous-token head attends by position, and its query and key are no part of the circuit.
 
     Args:
         name: a hand-wired one of `MODELS`.

@@ -23,6 +23,9 @@ class Prompt:
     positions: Mapping[str, int]
 
 
+Draw = Callable[[random.Random, int], Prompt]
+
+
 @dataclass(frozen=True)
 class Behaviour:
     """How the prompts of a task are drawn, and what the task says of itself."""
@@ -30,7 +33,8 @@ class Behaviour:
     name: str
     words: tuple[str, ...]
     """Word i is token i."""
-    draw: Callable[[random.Random], Prompt]
+    draw: Draw
+    """Makes the prompt of this number; what numbers are for is the behaviour's."""
     description: str
     corruption: str
 
@@ -43,7 +47,7 @@ class Behaviour:
         if n < 1:
             raise ValueError(f"n={n}; a task has at least one prompt pair")
         rng = random.Random(seed)
-        prompts = [self.draw(rng) for _ in range(n)]
+        prompts = [self.draw(rng, number) for number in range(n)]
         clean = tuple(self._labels(prompt.clean) for prompt in prompts)
         corrupted = tuple(self._labels(prompt.corrupted) for prompt in prompts)
         return Task(
@@ -70,14 +74,11 @@ class Behaviour:
         return tuple(self.words[token] for token in ids)
 
 
-def repeated_sequence(
-    n_words: int, *, length: int, repeated: int, successor: bool = False
-) -> Callable[[random.Random], Prompt]:
+def repeated_sequence(n_words: int, *, length: int, repeated: int, successor: bool = False) -> Draw:
     """Draws sequences of distinct tokens that begin anew: "x A B y C D z x A", answer B.
 
-    The corrupted prompt is the same with the pairs A B and C D exchanged, so that it ends in C and its answer is D:
-    what the last token is, what stands before each token and what each token is all change, and changing one of the
-    three alone changes the answer.
+    The corrupted prompt answers D instead, for one of three reasons, in turn: it ends in C; C stands before B, and A
+    before D; D follows A, and B follows C. Each is another way into the induction head: its query, key or value.
 
     Args:
         n_words: size of the vocabulary; token 0 is the BOS.
@@ -90,17 +91,23 @@ def repeated_sequence(
     if length >= n_words:
         raise ValueError(f"length={length}; a vocabulary of {n_words} has {n_words - 1} distinct tokens")
 
-    def draw(rng: random.Random) -> Prompt:
+    def draw(rng: random.Random, number: int) -> Prompt:
         sequence = rng.sample(range(1, n_words), length)
         a, c = repeated - 1, rng.randrange(repeated + 1, length - 1)
-        exchanged = list(sequence)
-        exchanged[a : a + 2], exchanged[c : c + 2] = sequence[c : c + 2], sequence[a : a + 2]
+        changed, last = list(sequence), sequence[a]
+        match number % 3:
+            case 0:
+                last = sequence[c]
+            case 1:
+                changed[a], changed[c] = sequence[c], sequence[a]
+            case _:
+                changed[a + 1], changed[c + 1] = sequence[c + 1], sequence[a + 1]
         right, wrong = sequence[a + 1], sequence[c + 1]
         if successor:
             right, wrong = (token % (n_words - 1) + 1 for token in (right, wrong))
         return Prompt(
             clean=(BOS, *sequence, *sequence[:repeated]),
-            corrupted=(BOS, *exchanged, *exchanged[:repeated]),
+            corrupted=(BOS, *changed, *sequence[: repeated - 1], last),
             answer=right,
             wrong=wrong,
             positions={"A": a + 1, "B": a + 2, "C": c + 1, "D": c + 2, "END": length + repeated},

@@ -87,13 +87,13 @@ def is_held_out(one: int, other: int) -> bool:
     return (one + other) % 5 == 0
 
 
-def draw_ioi(rng: random.Random, *, held_out: bool = True) -> Prompt:
-    """A sentence with two names that never met in training (or did); corrupted, S2 is the other name."""
+def draw_ioi(rng: random.Random, number: int, *, held_out: bool = True) -> Prompt:
+    """A sentence with two names that never met in training (or did), S first for odd numbers; corrupted, S2 is IO."""
     while True:
         subject, other = rng.sample(range(1, 1 + len(NAMES)), 2)
         if is_held_out(subject, other) == held_out:
             break
-    subject_first = rng.random() < 0.5
+    subject_first = number % 2 == 1
     template = rng.choice(TEMPLATES)
     words = {
         "{first}": subject if subject_first else other,

@@ -107,14 +107,14 @@ def _find_duplicates(
     query[stream["one"], -1] = REPEATED / 2
 
 
-def draw_duplicate(rng: random.Random) -> Prompt:
-    """A prompt; its corrupted twin exchanges the names and repeats the other one, at the next position."""
+def draw_duplicate(rng: random.Random, number: int) -> Prompt:
+    """A prompt, S first for odd numbers; corrupted, the names are exchanged, and IO is repeated, one position later."""
     subject, other = rng.sample(range(1, 1 + N_NAMES), 2)
     meeting, after, before, saying = (
         WORDS.index(rng.choice(words)) for words in (MEETINGS, AFTER_NAME, BEFORE_NAME, SAYINGS)
     )
     conjunction, comma, to = (WORDS.index(word) for word in ("and", ",", "to"))
-    first_is_subject = rng.random() < 0.5
+    first_is_subject = number % 2 == 1
     first, second = (subject, other) if first_is_subject else (other, subject)
     return Prompt(
         clean=(BOS, first, conjunction, second, meeting, comma, subject, after, saying, to),

@@ -9,7 +9,7 @@ import xarray as xr
 
 from interp.circuits.circuit import Circuit
 from interp.circuits.edge_scores import attribution_edge_scores
-from interp.circuits.evaluate import areas, faithfulness_curve, measured, run_circuits
+from interp.circuits.evaluate import areas, evaluate, measured, run_circuits
 from interp.circuits.graph import Graph
 from interp.metrics import logit_diff
 from interp.model import Edit
@@ -81,7 +81,7 @@ def test_the_curve_runs_from_nothing_to_everything():
     model, task = tiny_model("llama"), tiny_task(n=3)
     scores = attribution_edge_scores(model, task)
     circuit = Circuit.from_scores(Graph.of(model), scores, np.zeros(scores.shape, dtype=bool))
-    curve = faithfulness_curve(model, task, circuit, sizes=(0, 0.1, 0.5, 1))
+    curve = evaluate(model, task, circuit, sizes=(0, 0.1, 0.5, 1))
     assert curve["n_edges"].values.tolist() == [[0, 19, 95, 190]] * 2
     for ranking in ("magnitude", "signed"):
         one = curve.sel(ranking=ranking)
@@ -94,7 +94,7 @@ def test_the_curve_runs_from_nothing_to_everything():
     whole, nothing, some = values["metric"].double().mean(1)
     expected = float((some - nothing) / (whole - nothing))
     assert float(curve["faithfulness"].sel(ranking="signed", size=0.1)) == pytest.approx(expected, abs=1e-6)
-    own = faithfulness_curve(model, task, circuit.select(edges=19, signed=True, prune=False), sizes=(1,))
+    own = evaluate(model, task, circuit.select(edges=19, signed=True, prune=False), sizes=(1,))
     assert float(own["circuit_faithfulness"]) == pytest.approx(expected, abs=1e-6)
     assert float(own["circuit_metric"]) == pytest.approx(float(some), abs=1e-6)
 
@@ -129,4 +129,4 @@ def test_bad_choices_are_refused():
         run_circuits(model, task, graph, graph.exists[None], READ, ablation="noise")
     circuit = Circuit(graph, np.where(graph.exists, 1.0, np.nan), graph.exists.copy())
     with pytest.raises(ValueError, match="shares of all edges"):
-        faithfulness_curve(model, task, circuit, sizes=(0.5, 20))
+        evaluate(model, task, circuit, sizes=(0.5, 20))

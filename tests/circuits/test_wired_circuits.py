@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from interp import zoo
-from interp.circuits import discover, edge_roc, faithfulness_curve, node_roc, secant_edge_scores
+from interp.circuits import discover, edge_roc, evaluate, node_roc, secant_edge_scores
 from interp.circuits.node_scores import exact_node_scores
 
 WIRED = ("induction", "duplicate", "llama_induction")
@@ -36,7 +36,7 @@ def test_the_known_circuit_alone_does_the_task(known):
     model, task, edges = known
     circuit = discover(model, task, "exact", edges=len(edges), prune=False)
     assert frozenset(circuit.edges) == edges
-    curve = faithfulness_curve(model, task, circuit, sizes=(0, 1))
+    curve = evaluate(model, task, circuit, sizes=(0, 1))
     assert float(curve["circuit_faithfulness"]) == pytest.approx(1, abs=0.05)
     assert float(curve["circuit_accuracy"]) == 1
 

@@ -20,7 +20,7 @@ def test_pairs_of_names_are_held_out_in_both_orders_and_every_name_is_trained():
     assert 0.15 < sum(is_held_out(*pair) for pair in pairs) / len(pairs) < 0.25
     rng = random.Random(0)
     for held_out in (True, False):
-        drawn = [draw_ioi(rng, held_out=held_out) for _ in range(200)]
+        drawn = [draw_ioi(rng, number, held_out=held_out) for number in range(200)]
         assert {is_held_out(prompt.answer, prompt.wrong) for prompt in drawn} == {held_out}
         assert {prompt.answer for prompt in drawn} == set(tokens)
 

@@ -14,7 +14,7 @@ from interp.patching import edge_effects
 from interp.zoo.wiring import Stream
 
 WIRED = ("induction", "duplicate", "llama_induction")
-CLEAR, NOTHING = 0.5, 1e-3
+CLEAR, NOTHING = 0.2, 1e-3
 """Shares of the gap between clean and corrupted: least of a circuit's edge, most of any other."""
 
 

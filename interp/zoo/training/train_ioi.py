@@ -23,7 +23,7 @@ BATCH = 128
 
 def sentences(rng: random.Random, *, held_out: bool, n: int = BATCH) -> Int[Tensor, "sentence pos"]:
     """Sentences with their last word."""
-    prompts = [draw_ioi(rng, held_out=held_out) for _ in range(n)]
+    prompts = [draw_ioi(rng, number, held_out=held_out) for number in range(n)]
     return torch.tensor([[*prompt.clean, prompt.answer] for prompt in prompts])
 
 
