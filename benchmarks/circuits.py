@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--find-prompts", type=int, default=32)
     parser.add_argument("--test-prompts", type=int, default=16)
     parser.add_argument("--methods", default=",".join(METHODS))
     options = parser.parse_args()
@@ -47,7 +46,7 @@ def main() -> None:
         f"{describe()}; SmolLM2-135M, float32, {Graph.of(model).n_edges:,} edges.\n",
         "## Cost of edge scores\n",
         f"IOI, {options.prompts} prompts; median of {options.repeats} interleaved runs. One pass: a plain forward and "
-        "backward pass of the prompts. Memory: peak above the loaded model.\n",
+        "backward pass of the prompts. MB: how far the process grew during the first run, after those above it.\n",
         "| run | s | passes | MB |",
         "|---|---|---|---|",
         *cost(model, interp.tasks.ioi(model, n=options.prompts), options.repeats),
@@ -57,7 +56,8 @@ def main() -> None:
         build = interp.tasks.TASKS[name]
         found_on, tested_on = build(model, n=options.prompts, seed=0), build(model, n=options.test_prompts, seed=1)
         head = (
-            f"\n## Faithfulness: {name}, found on {options.prompts} prompts, tested on {options.test_prompts} others\n"
+            f"\n## Faithfulness: {name}, found on {options.prompts} prompts (codes 10, cdt 2), "
+            f"tested on {options.test_prompts} others\n"
         )
         lines += [head, *faithfulness(model, found_on, tested_on, options.methods.split(","))]
         print("\n".join(lines[-len(options.methods.split(",")) - 4 :]), flush=True)

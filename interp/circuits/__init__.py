@@ -9,6 +9,7 @@ from interp.circuits.edge_scores import attribution_edge_scores, secant_edge_sco
 from interp.circuits.evaluate import evaluate, run_circuits
 from interp.circuits.exact_edges import exact_edge_scores
 from interp.circuits.graph import Graph
+from interp.circuits.job import run_job
 from interp.circuits.known import KNOWN
 from interp.circuits.optimal_ablation import optimal_constants
 from interp.circuits.reuse import overlap, transfer
@@ -35,6 +36,7 @@ __all__ = [
     "overlap",
     "random_control",
     "run_circuits",
+    "run_job",
     "save",
     "secant_edge_scores",
     "simplified",

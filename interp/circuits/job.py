@@ -135,8 +135,7 @@ def run_job(
                 for method in plan.methods:
                     names = {"model": model_label(source), "task": task_label(task), "method": method}
                     rows.append(_row(plan, folder, names, loaded, prompts, bar, progress))
-            del loaded
-            gc.collect()  # before the next model is loaded
+            del loaded  # before the next one is
     kinds = dict.fromkeys(MEASURES, "float64") | {"n_edges": "Int64", "n_nodes": "Int64"}  # a failed cell has none
     frame = pd.DataFrame(rows).astype(kinds)
     replace_text(frame.drop(columns="seconds").to_csv(index=False, lineterminator="\n"), folder / SUMMARY)
@@ -195,6 +194,7 @@ def _attempt(compute: Callable[[], T]) -> T | _Failed:
 
 
 def _load(source: str, plan: Sweep) -> _Loaded:
+    gc.collect()  # what is left of the model before
     model = load(source, device=plan.device, dtype=plan.dtype and getattr(torch, plan.dtype))
     return _Loaded(model, model_content(model))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +41,12 @@ def save(circuit: Circuit, path: str | os.PathLike[str]) -> Path:
         "kept": np.flatnonzero(circuit.mask).tolist(),
         "edges": [list(edge) for edge in circuit.edges],
     }
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        json.dump(content, file, allow_nan=False)
-    os.replace(file.name, target)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
     return target
 
 

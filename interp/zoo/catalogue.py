@@ -72,7 +72,7 @@ _ENTRIES = {
         trained.induction_2l,
         _induction("induction_2l", SYMBOLS, length=12),
         None,
-        "trained: 2-layer attention-only GPT-2 on repeated random sequences",
+        "trained: 2-layer attention-only Llama on repeated random sequences",
     ),
     "ioi_small": _Entry(
         trained.ioi_small,
@@ -133,10 +133,11 @@ def edges(name: str) -> Edges:
     """The circuit of a hand-wired model on its task, as (writer, reader) names (`interp.patching.edges`).
 
     An edge is in the circuit if and only if corrupting it alone changes the metric: in a clean run, its reader sees the
-    writer's output of the corrupted run and everything after it is recomputed. Over the task, these edges take more
-    than a fifth of the gap between clean and corrupted each, all others less than 0.001 of it: what is left is what
-    they change in the length of the stream, by which norms divide. So an edge is out, too, if it carries the same in
-    both runs: the previous-token head attends by position, and its query and key are no part of the circuit.
+    writer's output of the corrupted run and everything after it is recomputed. Over a task of six prompts or more,
+    these edges take more than a fifth of the gap between clean and corrupted each, all others less than 0.001 of it:
+    what is left is what they change in the length of the stream, by which norms divide. So an edge is
+    out, too, if it carries the same in both runs: the previous-token head attends by position, and its query and key
+    are no part of the circuit.
 
     Args:
         name: a hand-wired one of `MODELS`.

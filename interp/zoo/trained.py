@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from interp.zoo.configurations import gpt2_config, llama_config
+from interp.zoo.configurations import llama_config
 from interp.zoo.prompts import Prompt
 from interp.zoo.words import BOS, BOS_WORD, SYMBOLS
 
@@ -38,31 +38,31 @@ IOI_WORDS = (BOS_WORD, *NAMES, *PLACES, *GIFTS, *_FIXED)
 
 
 def induction_2l() -> Any:
-    """GPT-2 of 2 layers with 4 heads whose MLPs are zero (training leaves them so); random weights otherwise."""
-    from transformers import GPT2LMHeadModel
-
-    hf = GPT2LMHeadModel(gpt2_config(len(SYMBOLS), n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=4))
-    for block in hf.transformer.h:
+    """Llama of 2 layers with 4 heads, attention only: its MLPs are zero. Random weights otherwise."""
+    hf = _llama(len(SYMBOLS), num_hidden_layers=2, num_key_value_heads=4, intermediate_size=4)
+    for block in hf.model.layers:
         for parameter in block.mlp.parameters():
             torch.nn.init.zeros_(parameter)
     return hf
 
 
 def ioi_small() -> Any:
-    """Llama of 3 layers with 4 heads on 2 key/value heads, and gated MLPs; random weights."""
+    """Llama of 3 layers with 4 heads on 2 key/value heads, and gated MLPs. Random weights."""
+    return _llama(len(IOI_WORDS), num_hidden_layers=3, num_key_value_heads=2, intermediate_size=128)
+
+
+def _llama(n_words: int, **sizes: int) -> Any:
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM(
         llama_config(
-            len(IOI_WORDS),
+            n_words,
             rope_theta=1e4,
             hidden_size=64,
-            num_hidden_layers=3,
             num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=16,
-            intermediate_size=128,
             max_position_embeddings=64,
+            **sizes,
         )
     )
 

@@ -290,59 +290,71 @@ class Killed(BaseException):
     """What no `except Exception` sees, as a signal is not seen."""
 
 
-def test_stopped_before_or_after_any_rename_or_write_it_goes_on_to_the_same_bytes(sweep, tmp_path, monkeypatch):
-    """In one process: an older job's cells are replaced, and each step of that is where the job stops once."""
+class Steps:
+    """Counts the moments before and after every step that touches files, and stops at one of them."""
+
+    def __init__(self, monkeypatch):
+        self.n, self.stop = 0, -1
+        self._rmtree, self._unlink = shutil.rmtree, self._counted(Path.unlink)
+        monkeypatch.setattr(os, "replace", self._counted(os.replace))
+        monkeypatch.setattr(cell_files.shutil, "rmtree", self._remove)
+        monkeypatch.setattr(job, "save", self._counted(job.save))
+
+    def _moment(self):
+        self.n += 1
+        if self.n == self.stop:
+            raise Killed
+
+    def _counted(self, step):
+        def counted(*given, **choices):
+            self._moment()
+            done = step(*given, **choices)
+            self._moment()
+            return done
+
+        return counted
+
+    def _remove(self, folder, ignore_errors=False):
+        for path in sorted(folder.glob("*"), reverse=True):  # a folder can be left half removed
+            self._unlink(path)
+        self._rmtree(folder, ignore_errors=ignore_errors)
+
+    def survives(self, stop: int, run) -> bool:
+        """Whether the run came to its end before the moment where it was to be stopped."""
+        self.n, self.stop = 0, stop
+        try:
+            run()
+        except Killed:
+            return False
+        finally:
+            self.stop = -1
+        return True
+
+
+def test_stopped_before_or_after_any_step_with_files_it_goes_on_to_the_same_bytes(sweep, tmp_path, monkeypatch):
+    """In one process: an older job's cell is replaced, and each moment of that is where the job stops once."""
     sweep = {**sweep, "methods": ["eap"]}
     older, undisturbed = tmp_path / "older", tmp_path / "undisturbed"
     run_job({**sweep, "edges": 30}, older)
     run_job(sweep, undisturbed)
-    steps = {"n": 0, "stop": -1}
-
-    def stopping(step):
-        def stops(*given, **choices):
-            steps["n"] += 1
-            if steps["n"] == steps["stop"]:
-                raise Killed
-            done = step(*given, **choices)
-            steps["n"] += 1
-            if steps["n"] == steps["stop"]:
-                raise Killed
-            return done
-
-        return stops
-
-    monkeypatch.setattr(os, "replace", stopping(os.replace))
-    monkeypatch.setattr(cell_files.shutil, "rmtree", stopping(cell_files.shutil.rmtree))
-    monkeypatch.setattr(cell_files, "_sha256", stopping(cell_files._sha256))
-    monkeypatch.setattr(job, "save", stopping(job.save))
-    remembered = {}
-
-    def compute(model, prompts, plan, method, progress, whole=job._compute):
-        if method not in remembered:
-            remembered[method] = whole(model, prompts, plan, method, progress)
-        return remembered[method]
-
-    monkeypatch.setattr(job, "_compute", compute)
-    loaded = job._load(sweep["models"][0], Sweep.of(sweep))
+    # Loaded and computed once: what is asked here is what happens to files.
+    plan = Sweep.of(sweep)
+    loaded = job._load(sweep["models"][0], plan)
+    cell = job._compute(loaded.model, job._prompts(loaded.model, sweep["tasks"][0], plan), plan, "eap", False)
     monkeypatch.setattr(job, "_load", lambda *_: loaded)
-    stopped = 0
-    for stop in range(1, 200):
-        out = copied(older, tmp_path / f"at{stop}")
-        steps.update(n=0, stop=stop)
-        try:
-            run_job(sweep, out)
-        except Killed:
-            stopped += 1
-        else:
-            break
-        steps["stop"] = -1
-        for record in out.glob("*/*/*/cell.json"):
-            known = json.loads(record.read_text())["files"]  # whatever is there is whole
+    monkeypatch.setattr(job, "_compute", lambda *_: cell)
+    steps, stop = Steps(monkeypatch), 1
+    out = copied(older, tmp_path / "at1")
+    while not steps.survives(stop, lambda: run_job(sweep, out)):  # noqa: B023
+        for record in out.glob("*/*/[!.]*/cell.json"):  # whatever is there is whole
+            known = json.loads(record.read_text())["files"]
             assert known == {name: cell_files._sha256(record.parent / name) for name in known}
         run_job(sweep, out)
         assert bytes_of(out) == bytes_of(undisturbed), stop
         assert folders_of(out) == folders_of(undisturbed), stop
-    assert stopped > 15
+        stop += 1
+        out = copied(older, tmp_path / f"at{stop}")
+    assert stop > 15
 
 
 @pytest.mark.slow

@@ -30,12 +30,15 @@ def test_the_measured_accuracies_are_those_of_the_weights_that_ship():
     assert train_ioi.ioi_accuracy(zoo.load("ioi_small").hf, seed=5) > 0.95
 
 
-def test_a_repeated_batch_is_distinct_tokens_twice():
-    tokens = train_induction.repeated_batch(torch.Generator().manual_seed(0), length=9, batch=3)
-    assert tokens.shape == (3, 19)
+@pytest.mark.parametrize("distinct", [True, False])
+def test_a_repeated_batch_is_a_prefix_and_a_sequence_twice(distinct):
+    generator = torch.Generator().manual_seed(0)
+    tokens = train_induction.repeated_batch(generator, prefix=2, length=30, distinct=distinct, batch=3)
+    assert tokens.shape == (3, 63)
     assert (tokens[:, 0] == 0).all()
-    assert torch.equal(tokens[:, 1:10], tokens[:, 10:])
-    assert all(len(set(row)) == 10 for row in tokens.tolist())
+    assert tokens[:, 1:].min() > 0
+    assert torch.equal(tokens[:, 3:33], tokens[:, 33:])
+    assert all((len(set(row)) == 33) == distinct for row in tokens.tolist())
 
 
 def test_what_is_predicted_starts_at_the_second_token_of_the_repetition():
@@ -44,10 +47,20 @@ def test_what_is_predicted_starts_at_the_second_token_of_the_repetition():
             self.logits = torch.nn.functional.one_hot(tokens, 63).float()
             return self
 
-    tokens = train_induction.repeated_batch(torch.Generator().manual_seed(0), length=9, batch=3)
-    logits, right = train_induction.second_half(Echo(), tokens)
-    assert torch.equal(logits.argmax(dim=-1), tokens[:, 10:-1].flatten())
-    assert torch.equal(right, tokens[:, 11:].flatten())
+    tokens = train_induction.repeated_batch(torch.Generator().manual_seed(0), prefix=1, length=9, batch=3)
+    logits, right = train_induction.in_repetition(Echo(), tokens, length=9)
+    assert torch.equal(logits.argmax(dim=-1), tokens[:, 11:-1].flatten())
+    assert torch.equal(right, tokens[:, 12:].flatten())
+
+
+def test_the_trained_induction_model_has_induction_heads():
+    model, task = zoo.load("induction_2l"), zoo.task("induction_2l", n=32)
+    _, seen = model.run_with_cache(task.clean, "pattern")
+    rows = torch.arange(len(task))
+    previous = seen["pattern", 0].diagonal(offset=-1, dim1=2, dim2=3).mean(dim=(0, 2))
+    follows = seen["pattern", 1][rows, :, task.positions["END"], task.positions["B"]].mean(dim=0)
+    assert previous.max() > 0.5
+    assert follows.max() > 0.5
 
 
 @pytest.mark.parametrize(("script", "name"), [(train_induction, "induction_2l"), (train_ioi, "ioi_small")])
