@@ -12,6 +12,7 @@ from interp.circuits.graph import Graph
 from interp.circuits.job import run_job
 from interp.circuits.known import KNOWN
 from interp.circuits.optimal_ablation import optimal_constants
+from interp.circuits.paths import strongest_paths
 from interp.circuits.reuse import overlap, transfer
 from interp.circuits.roc import edge_roc, node_roc
 from interp.circuits.storage import load, save, to_dot, to_graphml, to_networkx
@@ -40,6 +41,7 @@ __all__ = [
     "save",
     "secant_edge_scores",
     "simplified",
+    "strongest_paths",
     "to_dot",
     "to_graphml",
     "to_networkx",
