@@ -212,7 +212,8 @@ def discover(
     if found.level == "search":
         if given and given != ["threshold"]:
             raise ValueError(f"{method!r} chooses edges by threshold=, not {given[0]}=")
-        return acdc(model, task, threshold=threshold or 0.01, metric=metric or KL, progress=progress)
+        threshold = 0.01 if threshold is None else threshold
+        return acdc(model, task, threshold=threshold, metric=metric or KL, progress=progress)
     graph = Graph.of(model)
     assert found.scores is not None
     scores = found.scores(_Call(model, task, direction, metric, seed, batch_size, progress))

@@ -70,5 +70,7 @@ def test_bad_choices_are_refused():
         discover(model, TASK, "eap", nodes=3)
     with pytest.raises(ValueError, match="chooses edges by threshold="):
         discover(model, TASK, "acdc", edges=3)
+    with pytest.raises(ValueError, match="threshold=0"):
+        discover(model, TASK, "acdc", threshold=0)
     with pytest.raises(ValueError, match=r"nodes=100 is outside 1\.\."):
         discover(model, TASK, "node-atp", nodes=100)
