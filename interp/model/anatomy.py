@@ -212,6 +212,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl_vision": Family(_QWEN2_VISION),
 }
 
+IMAGE_TOKEN_TYPE: dict[str, int] = {"paligemma": 0}
+"""What token type ids say of a piece of an image, where it is not 1 (text is 0); a PaliGemma prompt is all prefix."""
+
 LAYOUTS: tuple[BlockLayout, ...] = (
     *dict.fromkeys(family.layout for family in FAMILIES.values()),
     _DINOV2_GATED,

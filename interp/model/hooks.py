@@ -97,8 +97,16 @@ def _watch_run(stack: ExitStack, anatomy: Anatomy, tower: Tower, run: Run, owner
 
     # Every block, not the first alone: the sweep engine calls later blocks by themselves.
     watched = [(block.module, on_block) for block in tower.blocks]
-    if tower is anatomy.text:
-        watched.append((anatomy.root, on_root))
+
+    def on_root_of_vision(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grids = kwargs.get("image_grid_thw")
+        if threading.get_ident() == owner and grids is not None and len(grids) > 1:
+            raise NotImplementedError(
+                f"the vision tower of {anatomy.family} runs all images of a batch as one row: use sites in it with one "
+                "image at a time (batch_size=1)"
+            )
+
+    watched.append((anatomy.root, on_root if tower is anatomy.text else on_root_of_vision))
     for module, fn in watched:
         stack.callback(module.register_forward_pre_hook(fn, with_kwargs=True).remove)
 

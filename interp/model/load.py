@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from interp.model.gguf import load_gguf, load_gguf_tokenizer, packaged_smollm2
 from interp.model.interop import Live, from_live
 from interp.model.model import Model
+from interp.model.processor import read_processor, takes_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def load(
     source: Any,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Any = None,
@@ -61,6 +63,8 @@ def load(
             a live transformers model, TransformerLens `TransformerBridge` or nnsight model, whose weights are shared.
         tokenizer: the tokenizer to use; the model's own by default. A `TransformerBridge` brings the one that
             TransformerLens set up, which puts a BOS in front where the model has one.
+        processor: what makes inputs of pictures for a model that sees; the checkpoint's own by default. Pictures are
+            read by PIL where torchvision is not installed.
         dtype: type of the parameters; by default float32 for GGUF, else what the checkpoint is stored in.
         device: where to put the model; the CPU by default.
         device_map: how to spread the model over devices, as accelerate understands it ("auto"); instead of `device`.
@@ -78,7 +82,7 @@ def load(
     if not isinstance(source, str | os.PathLike):
         _refuse_options(dtype=dtype, device=device, device_map=device_map, revision=revision)
         live = from_live(source)
-        return Model(live.hf, live.tokenizer if tokenizer is None else tokenizer, name=name)
+        return Model(live.hf, live.tokenizer if tokenizer is None else tokenizer, processor=processor, name=name)
 
     placement = device_map if device is None else {"": torch.device(device)}
     smollm2 = packaged_smollm2() if source == SMOLLM2 else None
@@ -95,7 +99,9 @@ def load(
                 dtype=dtype or "auto",
                 device_map=placement,
             )
-    return Model(loaded.hf, loaded.tokenizer, name=name or _name_of(source))
+            if processor is None and takes_pictures(loaded.hf):
+                processor = read_processor(str(path) if path.exists() else str(source), options)
+    return Model(loaded.hf, loaded.tokenizer, processor=processor, name=name or _name_of(source))
 
 
 def available_offline() -> list[str]:

@@ -14,15 +14,18 @@ from torch import Tensor
 
 from interp.model import tokens as tokenisation
 from interp.model.cache import Cache
-from interp.model.capture import Positions, capture_taps, gradient_taps
+from interp.model.capture import Positions, capture_taps
 from interp.model.edit import Edit
 from interp.model.finite import check_finite
 from interp.model.forward import forward
+from interp.model.gradient_run import forward_on_path, gradients_at
 from interp.model.head_path import head_cut, last_block_replaced
 from interp.model.hook_point import Hook, hook_tap
 from interp.model.hooks import Tap, left_padding, tapped
+from interp.model.images import ImageBook
 from interp.model.inputs import Prompts, pad_id, prepare_inputs
 from interp.model.points import available_sites, explain_absence
+from interp.model.processor import encode_with_pictures
 from interp.model.sites import HEAD_KINDS, Site, SitePattern, select_sites
 from interp.model.tower import Tower, resolve
 from interp.model.weights import Weights
@@ -38,20 +41,23 @@ class Model:
     Args:
         hf: a live transformers model; used as it is, never copied.
         tokenizer: its tokenizer, for methods that take text.
+        processor: the processor of a model that sees, for prompts with pictures; or its image processor alone.
         name: how results and reports call the model; the config's name by default.
 
     Raises:
         UnsupportedModel: if the parts of the model cannot be told apart.
     """
 
-    def __init__(self, hf: Any, tokenizer: Any = None, *, name: str | None = None) -> None:
+    def __init__(self, hf: Any, tokenizer: Any = None, *, processor: Any = None, name: str | None = None) -> None:
         self.hf = hf
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+        self.processor = processor
         self.anatomy = resolve(hf)
         self.name = name or getattr(hf.config, "_name_or_path", "") or self.anatomy.family
         self.sites: list[Site] = available_sites(self.anatomy)
         self._known_sites = frozenset(self.sites)
         self._arguments = set(inspect.signature(hf.forward).parameters)
+        self.images = ImageBook(hf, self._arguments)
 
     def __repr__(self) -> str:
         return (
@@ -140,35 +146,33 @@ class Model:
 
     # Text and tokens
 
-    def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+    def to_tokens(
+        self, text: str | Sequence[str], *, prepend_bos: bool | None = None, images: Sequence[Any] | None = None
+    ) -> Int[Tensor, "batch pos"]:
         """Token ids of one or several texts of equal length, as the model's own tokenizer makes them.
 
         Args:
             text: one text or several.
             prepend_bos: None: a BOS only where the tokenizer adds one; True or False: with exactly one, or without.
+            images: pictures (PIL) for one text with an image token for each, or one list of them for each of several
+                texts. A piece of a picture becomes an id beyond the vocabulary, which every call here understands.
 
         Raises:
             ValueError: if the texts differ in length: padded ids would be read as tokens later. Calls on the model take
                 the texts themselves, pad and mask them.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        rows = [tokenisation.encode(self._tokenizer, one, prepend_bos=prepend_bos) for one in texts]
-        lengths = sorted({len(row) for row in rows})
-        if len(lengths) > 1:
-            raise ValueError(
-                f"the texts have {', '.join(map(str, lengths))} tokens; give them to the model as text (it pads "
-                "and masks them), or tokenise each length by itself"
-            )
-        return torch.tensor(rows, device=self.device)
+        pictures = [()] * len(texts) if images is None else [images] if isinstance(text, str) else images
+        rows = [self._encode(one, shown, prepend_bos) for one, shown in zip(texts, pictures, strict=True)]
+        return tokenisation.stacked(rows, self.device)
 
     def to_str_tokens(self, prompt: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]:
-        """The text of each token of one prompt: `["When", " Mary", " and"]`."""
+        """The text of each token of one prompt: `["When", " Mary", " and"]`; `[row,column]` for a piece of an image."""
         if isinstance(prompt, str):
-            return tokenisation.decode_each(self._tokenizer, tokenisation.encode(self._tokenizer, prompt))
-        ids = torch.as_tensor(prompt)
-        if ids.dim() == 2 and len(ids) != 1:
-            raise ValueError(f"to_str_tokens takes one prompt; got {len(ids)}")
-        return tokenisation.decode_each(self._tokenizer, ids.reshape(-1).tolist())
+            prompt = self._encode(prompt)
+        ids = tokenisation.ids_of_one(prompt)
+        pieces = self.images.labels(ids)
+        return [pieces.get(at) or tokenisation.decode_each(self._tokenizer, [one])[0] for at, one in enumerate(ids)]
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token.
@@ -177,6 +181,12 @@ class Model:
             ValueError: if it is several; the message shows them.
         """
         return tokenisation.single_token(self._tokenizer, text)
+
+    def _encode(self, text: str, pictures: Sequence[Any] = (), prepend_bos: bool | None = None) -> list[int]:
+        if not pictures:
+            return tokenisation.encode(self._tokenizer, text, prepend_bos=prepend_bos)
+        ids = encode_with_pictures(self.processor, self._tokenizer, self.images, text, pictures)
+        return tokenisation.with_bos(self._tokenizer, ids, prepend_bos)
 
     @property
     def _tokenizer(self) -> Any:
@@ -326,14 +336,9 @@ class Model:
         logits, on_path = self._forward_on_path(inputs, sites, logits_to_keep)
         with torch.enable_grad():
             values = metric(logits)
-            gradients = torch.autograd.grad(values.sum(), list(on_path.values()), allow_unused=True)
+            kept, gradients = gradients_at(values, on_path)
         padding = left_padding(inputs.get("attention_mask"))
-        kept = {site: tensor.detach() for site, tensor in on_path.items()}
-        filled = {
-            site: torch.zeros_like(tensor) if gradient is None else gradient
-            for (site, tensor), gradient in zip(kept.items(), gradients, strict=True)
-        }
-        return values.detach(), Cache(kept, padding), Cache(filled, padding)
+        return values.detach(), Cache(kept, padding), Cache(gradients, padding)
 
     def run_on_path(
         self, prompts: Prompts, sites: SitePattern, *, logits_to_keep: int = 0
@@ -363,7 +368,9 @@ class Model:
         inputs.pop("position_ids", None)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         options.setdefault("pad_token_id", pad_id(self.tokenizer))
-        ids = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
+        shown = self.images.expand(inputs)
+        ids = self.hf.generate(**shown, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
+        ids[:, : inputs["input_ids"].shape[1]] = inputs["input_ids"]
         return self._tokenizer.decode(ids[0], skip_special_tokens=True) if isinstance(prompt, str) else ids
 
     # Inside a call
@@ -373,16 +380,17 @@ class Model:
         return prepare_inputs(prompts, self.tokenizer, self.device, with_position_ids=with_position_ids)
 
     def _forward(self, inputs: Mapping[str, Any], logits_to_keep: int) -> Tensor:
-        return forward(self.hf, self._arguments, inputs, logits_to_keep)
+        return forward(self.hf, self._arguments, self.images.expand(inputs), logits_to_keep)
 
     def _forward_on_path(
         self, inputs: Mapping[str, Any], sites: SitePattern, logits_to_keep: int
     ) -> tuple[Tensor, dict[Site, Tensor]]:
-        on_path: dict[Site, Tensor] = {}
-        with torch.enable_grad(), tapped(self.anatomy, gradient_taps(self.site_names(sites), self.anatomy, on_path)):
+        def run() -> Tensor:
             logits = self._forward(inputs, logits_to_keep)
             check_finite(logits, self.anatomy, self.sites, lambda: self._forward(inputs, 1))
-        return logits, on_path
+            return logits
+
+        return forward_on_path(self.anatomy, self.site_names(sites), run)
 
     # Weights
 

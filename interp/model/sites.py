@@ -123,8 +123,8 @@ def select_sites(pattern: SitePattern, available: Sequence[Site]) -> list[Site]:
     """The available sites that a pattern names, in the order of `available`.
 
     Args:
-        pattern: a full name, a short form ("z": that site in every layer), a shell pattern, a sequence of these, or a
-            function of the name.
+        pattern: a full name, a short form ("z": that site in every layer; "vision.z": in those of the vision tower), a
+            shell pattern, a sequence of these, or a function of the name.
         available: all sites of the model.
 
     Raises:
@@ -143,9 +143,10 @@ def select_sites(pattern: SitePattern, available: Sequence[Site]) -> list[Site]:
 
 
 def _matching(pattern: str, available: Sequence[Site]) -> set[Site]:
-    kind = short_form(pattern)
+    tower = "vision." if pattern.startswith("vision.") else ""
+    kind = short_form(pattern.removeprefix(tower))
     if kind in SITE_NAMES:
-        found = {site for site in available if site.kind == kind and site.tower == ""}
+        found = {site for site in available if site.kind == kind and site.tower == tower}
     else:
         found = {site for site in available if site == pattern or fnmatchcase(site, pattern)}
     if found:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 
 def encode(tokenizer: Any, text: str, *, prepend_bos: bool | None = None) -> list[int]:
     """Token ids of one text.
@@ -15,7 +19,11 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool | None = None) -> lis
         prepend_bos: None leaves the choice to the tokenizer; True makes sure that there is one (never two) BOS in
             front; False that there is none.
     """
-    ids = list(tokenizer(text)["input_ids"])
+    return with_bos(tokenizer, list(tokenizer(text)["input_ids"]), prepend_bos)
+
+
+def with_bos(tokenizer: Any, ids: list[int], prepend_bos: bool | None) -> list[int]:
+    """Token ids of one text with or without a BOS in front, as `encode` says."""
     bos = tokenizer.bos_token_id
     if prepend_bos is None:
         return ids
@@ -29,6 +37,33 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool | None = None) -> lis
     if not prepend_bos and starts_with_bos:
         return ids[1:]
     return ids
+
+
+def stacked(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "batch pos"]:
+    """Rows of token ids as one tensor.
+
+    Raises:
+        ValueError: if they differ in length: padded ids would be read as tokens later.
+    """
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the texts have {', '.join(map(str, lengths))} tokens; give them to the model as text (it pads "
+            "and masks them), or tokenise each length by itself"
+        )
+    return torch.tensor(rows, device=device)
+
+
+def ids_of_one(prompt: Sequence[int] | Int[Tensor, "..."]) -> list[int]:
+    """Token ids of one prompt, [pos] or [1, pos].
+
+    Raises:
+        ValueError: if it is several.
+    """
+    ids = torch.as_tensor(prompt)
+    if ids.dim() == 2 and len(ids) != 1:
+        raise ValueError(f"to_str_tokens takes one prompt; got {len(ids)}")
+    return [int(one) for one in ids.reshape(-1).tolist()]
 
 
 def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -110,7 +110,7 @@ def activation_patching(
         "seconds": time.perf_counter() - started,
     }
     values, dims = (effects, ("prompt", *axes)) if per_prompt else (effects.mean(0), axes)
-    return labelled(values, dims, model, task, attrs, layers=[one.layer for one in sites])
+    return labelled(values, dims, model, task, attrs, sites=sites)
 
 
 def resolve_metric(metric: str | Metric | None, task: Task) -> tuple[str, Metric]:

@@ -87,16 +87,20 @@ def site_edits(model: Model, edits: Sequence[Edit], length: int) -> tuple[SiteEd
     Raises:
         ValueError: for a site, layer, head or position that does not exist.
     """
-    resolved = [
-        edit if edit.positions is None else replace(edit, positions=resolve_positions(edit.positions, length))
-        for edit in edits
-    ]
     found = [
-        SiteEdit(tap.site, model.n_layers if tap.site.kind == "ln_final" else tap.site.layer or 0, edit, tap.fn)
-        for edit in resolved
-        for tap in model.edit_taps(edit)
+        SiteEdit(tap.site, model.n_layers if tap.site.kind == "ln_final" else tap.site.layer or 0, resolved, tap.fn)
+        for edit in edits
+        for resolved in [_with_positions(edit, model, length)]
+        for tap in model.edit_taps(resolved)
     ]
     return tuple(sorted(found, key=lambda one: (one.layer, _ORDER[one.site.kind])))
+
+
+def _with_positions(edit: Edit, model: Model, length: int) -> Edit:
+    """The edit with positions counted from the start; those inside a vision tower are no positions of the prompt."""
+    if edit.positions is None or model.site_names(edit.site)[0].tower:
+        return edit
+    return replace(edit, positions=resolve_positions(edit.positions, length))
 
 
 def entry_of(

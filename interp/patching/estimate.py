@@ -194,8 +194,7 @@ def normalised_scores(
 
 def _labelled(asked: Request, name: str, scores: Float[Tensor, "prompt ..."], attrs: Mapping[str, Any]) -> xr.DataArray:
     values, dims = (scores, ("prompt", *asked.axes)) if asked.per_prompt else (scores.mean(0), asked.axes)
-    layers = [site.layer for site in asked.sites[name]]
-    return labelled(values, dims, asked.model, asked.task, {"site": name, **attrs}, layers=layers)
+    return labelled(values, dims, asked.model, asked.task, {"site": name, **attrs}, sites=asked.sites[name])
 
 
 @dataclass(frozen=True)

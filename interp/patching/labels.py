@@ -10,7 +10,7 @@ import transformers
 import xarray as xr
 from torch import Tensor
 
-from interp.model import Model
+from interp.model import Model, Site
 from interp.tasks import Task
 
 
@@ -21,7 +21,7 @@ def labelled(
     task: Task,
     attrs: Mapping[str, Any],
     *,
-    layers: Sequence[int | None],
+    sites: Sequence[Site],
 ) -> xr.DataArray:
     """A DataArray of values over a task.
 
@@ -29,18 +29,19 @@ def labelled(
         values: any shape; kept in float32, or float64 if they are.
         dims: one name an axis. Beside "position", `token` holds the first clean prompt's tokens and `label` what stands
             there over all prompts (a key position's name where tokens differ); query and key get `query_token`, ...
-        layers: the layer of each entry of a "layer" axis.
+        sites: the sites that the values are of, one an entry of a "layer" axis. Positions inside a vision tower are
+            pieces of an image, which have no tokens.
         attrs: what the method says of itself; model, task, seed, sizes and versions are added.
     """
     coords: dict[str, Any] = {dim: range(length) for dim, length in zip(dims, values.shape, strict=True)}
     if "layer" in dims:
-        coords["layer"] = list(layers)
+        coords["layer"] = [site.layer for site in sites]
     for dim in ("position", "query", "key"):
-        if dim in dims:
+        if dim in dims and not sites[0].tower:
             name = "token" if dim == "position" else f"{dim}_token"
             coords[name] = (dim, list(task.str_tokens[0]))
-        if dim == "position" and dim in dims:
-            coords["label"] = (dim, list(task.position_labels))
+            if dim == "position":
+                coords["label"] = (dim, list(task.position_labels))
     return xr.DataArray(
         values.to(torch.promote_types(values.dtype, torch.float32)).numpy(),
         dims=tuple(dims),

@@ -114,7 +114,7 @@ def path_patching(
         "readers": ", ".join([readers] if isinstance(readers, str) else readers),
     }
     kept, dims = (values, ("prompt", *axes)) if per_prompt else (values.mean(0), axes)
-    return labelled(kept, dims, model, task, attrs, layers=[one.layer for one in sites])
+    return labelled(kept, dims, model, task, attrs, sites=sites)
 
 
 def edge_effects(

@@ -15,7 +15,7 @@ from interp.tasks.vocabulary import answer_id, prompt_ids, token_position
 if TYPE_CHECKING:
     from interp.model import Model
 
-FIELDS = ("clean", "corrupted", "answer", "wrong")
+FIELDS = ("clean", "corrupted", "answer", "wrong", "images", "corrupted_images")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Pair:
     """Wrong continuations."""
     marks: Mapping[str, int] = field(default_factory=dict)
     """Key positions: name -> how many characters of the clean prompt end with that token."""
+    pictures: tuple[Any, ...] = ()
+    """Pictures (PIL) of the clean prompt, in reading order."""
+    corrupted_pictures: tuple[Any, ...] = ()
+    """Pictures of the corrupted prompt."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def from_pairs(
     Args:
         model: whose tokenizer is used.
         pairs: mappings with `clean`, `corrupted`, `answer` and `wrong` (the logit difference needs it). Answers are
-            text with their leading space (" Mary"), or lists of texts where several are right or wrong.
+            text with their leading space (" Mary"), or lists of texts where several are right or wrong. For a model
+            that sees, `images` are the pictures (PIL) of both prompts, and `corrupted_images` those of the corrupted
+            one where they differ; the texts have the model's image token where a picture stands.
         first_token: compare the first token of answers that are several tokens.
         metric: the task's metric, a name in `interp.metrics.METRICS`.
         name: how results call the task.
@@ -107,14 +113,22 @@ def pair_of_fields(fields_of_pair: Mapping[str, Any]) -> Pair:
     unknown = sorted(set(fields_of_pair) - set(FIELDS))
     if unknown:
         raise ValueError(f"field {unknown[0]!r} is unknown; fields are {', '.join(FIELDS)}")
-    texts = {name: _texts(name, fields_of_pair.get(name)) for name in FIELDS}
+    texts = {name: _texts(name, fields_of_pair.get(name)) for name in ("clean", "corrupted", "answer", "wrong")}
     for name in ("clean", "corrupted", "answer"):
         if not texts[name]:
             raise ValueError(f"field {name!r} is missing or empty")
     for name in ("clean", "corrupted"):
         if not isinstance(fields_of_pair[name], str):
             raise ValueError(f"field {name!r} must be one text")
-    return Pair(texts["clean"][0], texts["corrupted"][0], texts["answer"], texts["wrong"])
+    pictures = tuple(fields_of_pair.get("images", ()))
+    return Pair(
+        clean=texts["clean"][0],
+        corrupted=texts["corrupted"][0],
+        answers=texts["answer"],
+        wrong=texts["wrong"],
+        pictures=pictures,
+        corrupted_pictures=tuple(fields_of_pair.get("corrupted_images", pictures)),
+    )
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
@@ -133,7 +147,8 @@ def tokenise(model: Model, pair: Pair, *, first_token: bool = False) -> TokenPai
     Raises:
         ValueError: if the two prompts do not align, or the answers cannot be told apart by one token.
     """
-    clean, corrupted = prompt_ids(model, pair.clean), prompt_ids(model, pair.corrupted)
+    clean = prompt_ids(model, pair.clean, pair.pictures)
+    corrupted = prompt_ids(model, pair.corrupted, pair.corrupted_pictures)
     str_tokens, corrupted_str_tokens = tuple(model.to_str_tokens(clean)), tuple(model.to_str_tokens(corrupted))
     check_aligned(clean, corrupted, str_tokens, corrupted_str_tokens)
     answers = [answer_id(model, pair.clean, answer, first_token=first_token) for answer in pair.answers]

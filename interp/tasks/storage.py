@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interp.model.images import FIRST_ID
 from interp.tasks.pairs import FIELDS, assemble, tokenise_fields
 from interp.tasks.task import FORMAT, FORMAT_VERSION, Task, padded_ids
 
@@ -142,12 +143,21 @@ def _check_header(path: Path, header: dict[str, Any], n_rows: int) -> None:
         )
 
 
+def _is_known(model: Model, token: int) -> bool:
+    """Whether a model has this token.
+
+    Raises:
+        ValueError: if it stands for an image that the model has not been shown.
+    """
+    return 0 <= token < model.d_vocab or (token >= FIRST_ID and bool(model.images[token]))
+
+
 def _check_saved_row(model: Model, fields: dict[str, Any]) -> None:
     for name, kind in SAVED_FIELDS.items():
         if not isinstance(fields.get(name), kind):
             raise ValueError(f"field {name!r} is missing or not {kind.__name__}")
     for name in ("clean_ids", "corrupted_ids", "answers", "wrong"):
-        outside = [one for one in fields[name] if not isinstance(one, int) or not 0 <= one < model.d_vocab]
+        outside = [one for one in fields[name] if not isinstance(one, int) or not _is_known(model, one)]
         if outside:
             raise ValueError(f"field {name!r} has {outside[0]!r}; token ids of {model.name} run 0..{model.d_vocab - 1}")
     for ids, tokens in (("clean_ids", "clean_tokens"), ("corrupted_ids", "corrupted_tokens")):

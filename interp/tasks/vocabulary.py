@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp.model import Model
 
 
-def prompt_ids(model: Model, text: str) -> tuple[int, ...]:
-    """Token ids of a prompt whose last token is the one that predicts the answer.
+def prompt_ids(model: Model, text: str, pictures: Sequence[Any] = ()) -> tuple[int, ...]:
+    """Token ids of a prompt, with its pictures, whose last token is the one that predicts the answer.
 
     Raises:
         ValueError: for an empty prompt, and for a tokenizer that closes texts with a special token.
     """
-    ids = tuple(model.to_tokens(text)[0].tolist())
+    ids = tuple(model.to_tokens(text, images=pictures or None)[0].tolist())
     if not ids or not text:
         raise ValueError("a prompt is empty; it needs at least one token")
     closing = {model.tokenizer.eos_token_id, model.tokenizer.sep_token_id} - {None}
