@@ -105,6 +105,28 @@ def test_discover_passes_its_options_on(on_tiny, tmp_path):
     assert len([name for name in circuit.nodes if name != "embed"]) <= 3
 
 
+def test_discover_tells_positions_apart(folder, tmp_path):
+    (tmp_path / "one.csv").write_text("\n".join(PAIRS.splitlines()[:2]))
+    on_one = ("--model", folder, "--task", tmp_path / "one.csv", "--no-progress")
+    out_to = ("--out", tmp_path / "run")
+    assert run("discover", *on_one, "--method", "eap", "--positions", "--edges", 40, *out_to)[0] == 0
+    path = tmp_path / "run" / "circuit.json"
+    circuit = load(path)
+    model = interp.load(folder)
+    expected = discover(model, read_pairs(model, tmp_path / "one.csv"), "eap", edges=40, positions=True)
+    assert (circuit.mask == expected.mask).all()
+    assert "summed over" in (tmp_path / "run" / "circuit.html").read_text()
+    code, out, err = run("discover", *on_one, "--method", "eap", "--positions", "--edges", 40)
+    assert code == 0, err
+    assert re.search(r"\d+ of [\d,]+ edges at \d+ positions", out)
+    assert "positions" in out.partition("strongest edges")[2]
+    for ending in ("csv", "json", "nc"):
+        code, out, err = run("evaluate", "--circuit", path, *on_one, "--out", tmp_path / f"curve.{ending}")
+        assert code == 0, err
+        assert "the circuit itself: faithfulness" in out
+    assert "methods that can: eap" in refused("discover", *on_one, "--method", "cdt", "--positions")
+
+
 def test_discover_without_a_file_prints_edges_and_heads(on_tiny):
     code, out, err = run("discover", *on_tiny, "--method", "eap", "--edges", 40)
     assert code == 0, err

@@ -11,10 +11,16 @@ from interp.circuits.exact_edges import exact_edge_scores
 from interp.circuits.graph import Graph
 from interp.circuits.job import run_job
 from interp.circuits.known import KNOWN
+from interp.circuits.low_rank import low_rank_metric
+from interp.circuits.multiple_choice import answer_attribution, letter_attention, output_roles
 from interp.circuits.optimal_ablation import optimal_constants
+from interp.circuits.output_nodes import joint_output_effects, output_nodes
 from interp.circuits.paths import strongest_paths
-from interp.circuits.reuse import overlap, transfer
+from interp.circuits.reuse import overlap, top_share_overlap, transfer
 from interp.circuits.roc import edge_roc, node_roc
+from interp.circuits.selection import top_neurons
+from interp.circuits.staged import circuit_of_stages, staged_path_patching
+from interp.circuits.steering import steer
 from interp.circuits.storage import load, save, to_dot, to_graphml, to_networkx
 
 __all__ = [
@@ -23,17 +29,24 @@ __all__ = [
     "Circuit",
     "Graph",
     "acdc",
+    "answer_attribution",
     "attribution_edge_scores",
+    "circuit_of_stages",
     "completeness",
     "discover",
     "draw",
     "edge_roc",
     "evaluate",
     "exact_edge_scores",
+    "joint_output_effects",
+    "letter_attention",
     "load",
+    "low_rank_metric",
     "minimality",
     "node_roc",
     "optimal_constants",
+    "output_nodes",
+    "output_roles",
     "overlap",
     "random_control",
     "run_circuits",
@@ -41,9 +54,13 @@ __all__ = [
     "save",
     "secant_edge_scores",
     "simplified",
+    "staged_path_patching",
+    "steer",
     "strongest_paths",
     "to_dot",
     "to_graphml",
     "to_networkx",
+    "top_neurons",
+    "top_share_overlap",
     "transfer",
 ]

@@ -100,8 +100,16 @@ class Circuit:
 
     @property
     def n_edges(self) -> int:
-        """Edges kept."""
+        """Edges kept; with positions, an edge counts at each of them."""
         return int(self.mask.sum())
+
+    @property
+    def size(self) -> str:
+        """How many edges of how many: "40 of 190 edges", "40 of 1,330 edges at 7 positions"."""
+        if not self.has_positions:
+            return f"{self.n_edges:,} of {self.graph.n_edges:,} edges"
+        n_positions = len(self.mask)
+        return f"{self.n_edges:,} of {n_positions * self.graph.n_edges:,} edges at {n_positions} positions"
 
     @cached_property
     def flat_mask(self) -> Bool[ndarray, "writer reader"]:
@@ -117,7 +125,7 @@ class Circuit:
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """Writers that an edge leaves, or whose query or MLP input an edge enters, in the order of the graph."""
-        alone = self.graph.feeds.sum(1) == 1  # a shared key alone does not bring in all heads of its group
+        alone = self.graph.feeds.sum(1) == 1  # an input that several share does not bring in all of them
         fed = ((self.flat_mask.any(0) & alone)[:, None] & self.graph.feeds).any(0)
         alive = self.flat_mask.any(1) | fed
         return tuple(name for name, is_in in zip(self.graph.writers, alive, strict=True) if is_in)
@@ -132,6 +140,11 @@ class Circuit:
         values = self.scores[..., *self.graph.edge(writer, reader)]
         return float(np.nansum(values)) if self.has_positions else float(values)
 
+    def positions_of(self, writer: str, reader: str) -> list[int]:
+        """The positions at which an edge is kept; none for a circuit without positions."""
+        kept = self.mask[..., *self.graph.edge(writer, reader)]
+        return [int(position) for position in np.flatnonzero(kept)] if self.has_positions else []
+
     def to_array(self) -> xr.Dataset:
         """Scores and mask by name."""
         dims = ("position", "writer", "reader")[-self.mask.ndim :]
@@ -141,4 +154,4 @@ class Circuit:
 
     def __repr__(self) -> str:
         said = ", ".join(str(self.attrs[name]) for name in ("model", "task", "method") if name in self.attrs)
-        return f"Circuit({said}: {self.n_edges:,} of {self.graph.n_edges:,} edges, {len(self.nodes)} nodes)"
+        return f"Circuit({said}: {self.size}, {len(self.nodes)} nodes)"

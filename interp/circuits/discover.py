@@ -15,9 +15,9 @@ from interp.circuits.acdc import KL, acdc
 from interp.circuits.circuit import Circuit, Selection
 from interp.circuits.codes import code_scores
 from interp.circuits.contextual_nodes import contextual_node_scores
-from interp.circuits.edge_scores import attribution_edge_scores, secant_edge_scores
+from interp.circuits.edge_scores import attribution_edge_scores, check_one_length, labelled_edges, secant_edge_scores
 from interp.circuits.exact_edges import exact_edge_scores
-from interp.circuits.graph import Graph
+from interp.circuits.graph import Graph, Neurons
 from interp.circuits.learned_masks import edge_pruning_scores, subnetwork_probing_scores
 from interp.circuits.node_scores import (
     attribution_node_scores,
@@ -44,6 +44,8 @@ class _Call:
     task: Task
     direction: Direction
     metric: str | Metric | None
+    positions: bool
+    neurons: Neurons
     seed: int
     batch_size: int | None
     progress: bool | None
@@ -62,13 +64,21 @@ class Method:
     summary: str
     cost: str
     scores: Callable[[_Call], xr.DataArray] | None = None
+    finer: bool = False
+    """Whether it can tell positions apart, and neurons from the rest of their MLP."""
 
 
 _ALL = ("direction", "metric", "batch_size", "progress")
+_FINER = ("positions", "neurons")
 
 
-def _edges(**choices: object) -> Callable[[_Call], xr.DataArray]:
-    return lambda call: call.run(partial(attribution_edge_scores, **choices), *_ALL)  # type: ignore[arg-type]
+def _edges(summary: str, cost: str, **choices: object) -> Method:
+    """Edge scores from gradients."""
+
+    def scores(call: _Call) -> xr.DataArray:
+        return call.run(partial(attribution_edge_scores, **choices), *_ALL, *_FINER)  # type: ignore[arg-type]
+
+    return Method("edge", summary, cost, scores, finer=True)
 
 
 def _nodes(method: str) -> Callable[[_Call], xr.DataArray]:
@@ -76,37 +86,37 @@ def _nodes(method: str) -> Callable[[_Call], xr.DataArray]:
 
 
 def _random_edges(call: _Call) -> xr.DataArray:
-    graph = Graph.of(call.model)
-    draws = np.random.default_rng(call.seed).random(graph.exists.shape, dtype=np.float32)
-    coords = {"writer": list(graph.writers), "reader": list(graph.readers)}
+    graph = Graph.of(call.model, neurons=call.neurons)
+    labels = call.task.position_labels if call.positions else ()
+    shape = (len(labels), *graph.exists.shape) if call.positions else graph.exists.shape
+    draws = np.random.default_rng(call.seed).random(shape, dtype=np.float32)
     attrs = {**provenance(call.model, call.task), "method": "random", "seed": call.seed, "seconds": 0.0}
-    return xr.DataArray(np.where(graph.exists, draws, np.nan), dims=("writer", "reader"), coords=coords, attrs=attrs)
+    return labelled_edges(graph, draws, attrs, labels)
 
 
 METHODS: Mapping[str, Method] = {
-    "eap": Method("edge", "edge attribution patching", "one backward pass", _edges()),
-    "eap-ig": Method("edge", "EAP, gradients along the embeddings' path", "5 backward passes", _edges(path="inputs")),
-    "eap-ig-activations": Method(
-        "edge",
+    "eap": _edges("edge attribution patching", "one backward pass"),
+    "eap-ig": _edges("EAP, gradients along the embeddings' path", "5 backward passes", path="inputs"),
+    "eap-ig-activations": _edges(
         "EAP, gradients along the path of each layer's output",
         "5 backward passes for each attention layer and MLP",
-        _edges(path="activations"),
+        path="activations",
     ),
-    "eap-clean-corrupted": Method(
-        "edge", "EAP, gradients of both runs", "two backward passes", _edges(path="clean-corrupted")
-    ),
-    "relp": Method("edge", "EAP with relevance rules", "one backward pass", _edges(rules="relp")),
+    "eap-clean-corrupted": _edges("EAP, gradients of both runs", "two backward passes", path="clean-corrupted"),
+    "relp": _edges("EAP with relevance rules", "one backward pass", rules="relp"),
     "secant": Method(
         "edge",
         "secant flow: what runs along each edge",
         "one backward pass",
-        lambda call: call.run(secant_edge_scores, "metric", "batch_size", "progress"),
+        lambda call: call.run(secant_edge_scores, "metric", "batch_size", "progress", *_FINER),
+        finer=True,
     ),
     "exact": Method(
         "edge",
         "the exact effect of every edge",
         "a run an edge: small models only",
-        lambda call: call.run(exact_edge_scores, "direction", "metric", "progress"),
+        lambda call: call.run(exact_edge_scores, "direction", "metric", "progress", *_FINER),
+        finer=True,
     ),
     "edge-pruning": Method(
         "edge",
@@ -145,7 +155,7 @@ METHODS: Mapping[str, Method] = {
         "two forward passes and a small autoencoder",
         lambda call: call.run(code_scores, "seed", "batch_size", "progress"),
     ),
-    "random": Method("edge", "random scores: the floor", "nothing", _random_edges),
+    "random": Method("edge", "random scores: the floor", "nothing", _random_edges, finer=True),
     "node-random": Method(
         "node", "random scores of nodes", "nothing", lambda call: random_node_scores(call.model, seed=call.seed)
     ),
@@ -166,6 +176,8 @@ def discover(
     prune: bool = True,
     direction: Direction = "noise",
     metric: str | Metric | None = None,
+    positions: bool = False,
+    neurons: Neurons = (),
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -190,6 +202,10 @@ def discover(
             direction ignore it.
         metric: as in `activation_patching`; learned masks always take the divergence from the model's prediction, and
             "acdc" does so unless a metric is named.
+        positions: tell positions apart: an edge is kept at some positions and cut at others. For prompts of one length
+            in which every position means the same; those that score edges in one go can (`METHODS`: `finer`).
+        neurons: (layer, neuron) of neurons that are to be nodes of their own, beside the rest of their MLP; the same
+            methods can. `top_neurons` chooses them.
         seed: of methods that draw numbers.
         batch_size: prompts a pass.
         progress: show a progress bar; None: in a terminal or notebook only.
@@ -209,24 +225,42 @@ def discover(
         raise ValueError(f"give one of {', '.join(given)}")
     if nodes is not None and found.level != "node":
         raise ValueError(f"nodes= is for methods that score nodes; {method!r} scores edges: give edges= or threshold=")
+    neurons = tuple(neurons)
+    _check_finer(task, method, positions, neurons, selection)
     if found.level == "search":
         if given and given != ["threshold"]:
             raise ValueError(f"{method!r} chooses edges by threshold=, not {given[0]}=")
         threshold = 0.01 if threshold is None else threshold
         return acdc(model, task, threshold=threshold, metric=metric or KL, progress=progress)
-    graph = Graph.of(model)
+    graph = Graph.of(model, neurons=neurons)
     assert found.scores is not None
-    scores = found.scores(_Call(model, task, direction, metric, seed, batch_size, progress))
+    scores = found.scores(_Call(model, task, direction, metric, positions, neurons, seed, batch_size, progress))
     values, attrs = scores.values.astype(np.float32), {**provenance(model, task), **scores.attrs}
     if found.level == "node":
         if nodes is not None:
             threshold = _of_best_nodes(values, nodes)
         values = edge_scores_of_nodes(graph, values)
     attrs |= {"method": method, "level": found.level}
+    if positions:
+        attrs["position_labels"] = list(task.position_labels)
     circuit = Circuit(graph, values, np.zeros(values.shape, dtype=bool), attrs)
     if threshold is None and edges is None:
-        edges = min(DEFAULT_EDGES, graph.n_edges // 10)
+        edges = min(DEFAULT_EDGES, int(np.broadcast_to(graph.exists, values.shape).sum()) // 10)
     return circuit.select(edges=edges, threshold=threshold, selection=selection, signed=signed, prune=prune)
+
+
+def _check_finer(
+    task: Task, method: str, positions: bool, neurons: tuple[tuple[int, int], ...], selection: Selection
+) -> None:
+    """Refuse positions and neurons where a method or selection knows none."""
+    asked = "positions=True" if positions else "neurons=" if neurons else ""
+    if asked and not METHODS[method].finer:
+        able = ", ".join(name for name, one in METHODS.items() if one.finer)
+        raise ValueError(f"{asked} is nothing that {method!r} can do; methods that can: {able}")
+    if positions and selection == "greedy":
+        raise ValueError("greedy selection is for scores without a position axis: give selection='top'")
+    if positions:
+        check_one_length(task)
 
 
 def _of_best_nodes(scores: np.ndarray, n_nodes: int) -> float:

@@ -40,6 +40,8 @@ _EDGE_PIXELS, _MOST_PIXELS = 5, 1000
 """What a drawing of few layers is stretched to: so much for each edge, up to a limit."""
 _MLP_ABOVE, _SHARED_BELOW = 0.42, 0.32
 """Where the MLP and the shared key/value heads of a layer stand, in layers from its heads."""
+_INPUT_BELOW = 0.18
+"""Where the input of an MLP and its neurons stands, in layers from the MLP."""
 _HALF_WIDTH = 0.22
 """Of a node's box, in units of the x axis, on a page of the usual width."""
 
@@ -73,7 +75,8 @@ def draw(circuit: Circuit, *, max_edges: int = 200, title: str | None = None) ->
 
     Lines into a query are dashed, into a key dotted, all others solid. Where heads share a key/value head, edges into
     its key or value end in a dot below them, from which thin grey lines lead to those of its heads that are in the
-    circuit. Hovering tells scores, and the strongest edges of a node. Positions are summed.
+    circuit. So do edges into an MLP of which neurons are nodes by themselves. Hovering tells scores, and the strongest
+    edges of a node. Scores are summed over positions, where there are any, and the subtitle says so.
 
     Args:
         circuit: what to draw.
@@ -89,15 +92,15 @@ def draw(circuit: Circuit, *, max_edges: int = 200, title: str | None = None) ->
         raise ValueError("the circuit has no edges: there is nothing to draw")
     edges, forks = _edges(circuit, max_edges)
     nodes = sorted(
-        {name for edge in edges for name in (edge.writer, edge.target)} | {head for _, head in forks},
+        {name for edge in edges for name in (edge.writer, edge.target)} | {node for _, node in forks},
         key=lambda name: _sort_key(circuit.graph, name),
     )
     heights = _heights(circuit.graph, nodes)
     width = _width(heights)
     links = [(edge.writer, edge.target, 0.2 + edge.magnitude / _largest(edges)) for edge in edges]
-    tied = [(fork, head, 2.0) for fork, head in forks]
+    tied = [(fork, node, 2.0) for fork, node in forks]
     places = place(heights, [*links, *tied], width, _columns(circuit.graph, nodes, width))
-    half_widths = {name: 0.05 if "KV" in name else _HALF_WIDTH for name in nodes}
+    half_widths = {name: 0.05 if _is_shared(name) else _HALF_WIDTH for name in nodes}
     lines = route(places, links, width, half_widths)
     figure = _figure(_title(circuit, title), _subtitle(circuit, edges), places, width, len(edges))
     _draw_forks(figure, forks, places)
@@ -186,7 +189,7 @@ _FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "
 
 
 def _edges(circuit: Circuit, max_edges: int) -> tuple[list[_Edge], list[tuple[str, str]]]:
-    """The lines, weakest first, and (key/value head, head) for those that several heads share."""
+    """The lines, weakest first, and (input, node) for inputs that several nodes share."""
     scored = [(*edge, circuit.score_of(*edge)) for edge in circuit.edges]
     scored.sort(key=lambda edge: -np.nan_to_num(abs(edge[2])))
     nodes, shown, forks = set(circuit.nodes), [], set()
@@ -198,10 +201,15 @@ def _edges(circuit: Circuit, max_edges: int) -> tuple[list[_Edge], list[tuple[st
             if len(used) == 1:
                 target = used[0]
             else:
-                target = reader.rpartition(".")[0].replace("H", "KV")
+                target = reader.rpartition(".")[0].replace("H", "KV") or f"{reader}.in"
                 forks |= {(target, end) for end in used}
         shown.append(_Edge(writer, reader, target, score))
     return shown[::-1], sorted(forks)
+
+
+def _is_shared(name: str) -> bool:
+    """Whether it is a dot: a key/value head of several heads, or the input of an MLP and its neurons."""
+    return "KV" in name or name.endswith(".in")
 
 
 def _sort_key(graph: Graph, name: str) -> tuple[float, int]:
@@ -209,11 +217,13 @@ def _sort_key(graph: Graph, name: str) -> tuple[float, int]:
 
 
 def _level(graph: Graph, name: str) -> float:
-    """Layer of a node, and where within it: key/value heads below the heads, the MLP above."""
+    """Layer of a node, and where within it: key/value heads below the heads, the MLP above, its input below it."""
     if name == LOGITS:
         return float(graph.n_layers)
     if "KV" in name:
         return int(name[1:].partition("K")[0]) - _SHARED_BELOW
+    if _is_shared(name):
+        return _level(graph, name.removesuffix(".in")) - _INPUT_BELOW
     layer = float(graph.writer_layer[graph.writer_index[name]])
     return layer + _MLP_ABOVE if name.startswith("mlp") else layer
 
@@ -257,8 +267,11 @@ def _title(circuit: Circuit, title: str | None) -> str:
 def _subtitle(circuit: Circuit, edges: Sequence[_Edge]) -> str:
     n_edges = len(circuit.edges)
     drawn = f"the {len(edges)} strongest of {n_edges:,} edges" if len(edges) < n_edges else f"{n_edges} edges"
-    nodes = {name for edge in edges for name in (edge.writer, edge.target) if "KV" not in name}
-    return f"{drawn}, {len(nodes)} nodes; width and colour: score, the largest {_largest(edges):.3g} in magnitude"
+    nodes = {name for edge in edges for name in (edge.writer, edge.target) if not _is_shared(name)}
+    summed = f", summed over {len(circuit.mask)} positions" if circuit.has_positions else ""
+    return (
+        f"{drawn}, {len(nodes)} nodes; width and colour: score, the largest {_largest(edges):.3g} in magnitude{summed}"
+    )
 
 
 # Plotly
@@ -281,7 +294,11 @@ def _figure(title: str, subtitle: str, places: Mapping[str, Place], width: float
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
     )
     layers = {int(name[1:].partition("H")[0]): y for name, (_, y) in places.items() if "H" in name}
-    layers |= {int(name[3:]): y - _MLP_ABOVE for name, (_, y) in places.items() if name.startswith("mlp")}
+    layers |= {
+        int(name[3:].partition(".")[0]): y - _MLP_ABOVE
+        for name, (_, y) in places.items()
+        if name.startswith("mlp") and not _is_shared(name)
+    }
     figure.update_xaxes(visible=False, range=[-0.7, width + 0.7])
     figure.update_yaxes(
         title_text="layer", tickmode="array", tickvals=list(layers.values()), ticktext=list(map(str, layers)),
@@ -341,11 +358,11 @@ def _draw_nodes(figure: go.Figure, edges: Sequence[_Edge], places: Mapping[str, 
     """Boxes with names, which keep their size when the figure is narrowed, and dots for shared key/value heads."""
     import plotly.graph_objects as go
 
-    shared = [name for name in places if "KV" in name]
+    shared = [name for name in places if _is_shared(name)]
     dots = go.Scatter(
         x=[places[name][0] for name in shared], y=[places[name][1] for name in shared], mode="markers",
         marker={"size": 6, "color": GREY}, customdata=[_node_hover(name, edges) for name in shared],
-        hovertemplate="%{customdata}<extra></extra>", showlegend=False, name="key/value heads",
+        hovertemplate="%{customdata}<extra></extra>", showlegend=False, name="shared inputs",
     )  # fmt: skip
     figure.add_trace(dots)
     for name, (x, y) in places.items():

@@ -22,9 +22,9 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.circuits.graph import Graph
+from interp.circuits.graph import Graph, Neurons
 from interp.circuits.reader_gradients import ByLayer, ReaderGradients
-from interp.circuits.writers import WRITER_SITES, HeadOutputs, gathered
+from interp.circuits.writers import HeadOutputs, gathered, writer_sites
 from interp.metrics import Metric
 from interp.model import Edit, Model, Site
 from interp.patching.activation import Direction
@@ -54,6 +54,7 @@ def attribution_edge_scores(
     direction: Direction = "noise",
     metric: str | Metric | None = None,
     positions: bool = False,
+    neurons: Neurons = (),
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> xr.DataArray:
@@ -74,7 +75,8 @@ def attribution_edge_scores(
         rules: relevance rules for the backward pass, a preset of `relevance_rules` ("relp"); None: plain gradients.
         direction: the base run is the clean one for "noise", the corrupted one for "denoise".
         metric: as in `activation_patching`; it needs a gradient.
-        positions: keep a leading `position` axis.
+        positions: keep a leading `position` axis: an edge at each position by itself.
+        neurons: (layer, neuron) of those that are to be writers of their own; see `Graph`.
         batch_size: prompts a pass; by default what fits 256 MB of writers' outputs.
         progress: show a progress bar; None: in a terminal or notebook only.
 
@@ -82,7 +84,8 @@ def attribution_edge_scores(
         [writer, reader], or [position, writer, reader]; NaN where there is no edge. Shares of the gap.
 
     Raises:
-        ValueError: for an unknown path, prompts of several lengths with positions, or a metric without a gradient.
+        ValueError: for an unknown path, prompts of several lengths with positions, neurons that have no part of the
+            stream, or a metric without a gradient.
         SiteUnavailable: for a model whose stream is normed after every addition.
 
     Source: Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806), whose edge scores take the left
@@ -92,22 +95,25 @@ def attribution_edge_scores(
         raise ValueError(f"path={path!r}; it is one of none, inputs, activations, clean-corrupted")
     if steps < 1:
         raise ValueError(f"steps={steps}; it is at least 1")
+    if positions:
+        check_one_length(task)
     asked = _request(model, task, direction, metric, batch_size, progress)
     within = nullcontext if rules is None else prepared_rules(model, rules)
-    graph, heads = Graph.of(model), HeadOutputs(model)
+    graph, heads = Graph.of(model, neurons=neurons), HeadOutputs(model)
+    sites = writer_sites(graph)
 
     def run_batch(prompts: Task, add: _Add) -> tuple[Tensor, Tensor]:
         score = partial(asked.score, prompts=prompts)
         if path == "none":
             with within():
-                base = ReaderGradients(model, graph, _tokens(prompts, asked.denoising), score, also=WRITER_SITES)
-                other = _run_kept(asked, prompts, _tokens(prompts, not asked.denoising))
+                base = ReaderGradients(model, graph, _tokens(prompts, asked.denoising), score, also=sites)
+                other = _run_kept(asked, prompts, _tokens(prompts, not asked.denoising), sites)
                 both = (_Kept(base.activations, base.values), other)
                 clean, corrupted = both[::-1] if asked.denoising else both
                 difference = gathered(graph, clean.kept, heads, minus=corrupted.kept)
                 add(difference, base.by_layer(), 1.0)
             return clean.metric, corrupted.metric
-        clean, corrupted = (_run_kept(asked, prompts, _tokens(prompts, which)) for which in (False, True))
+        clean, corrupted = (_run_kept(asked, prompts, _tokens(prompts, which), sites) for which in (False, True))
         difference = gathered(graph, clean.kept, heads, minus=corrupted.kept)
         points = list(_points(path, steps, clean, corrupted, asked))
         for is_corrupted, edits in points:
@@ -127,6 +133,7 @@ def secant_edge_scores(
     *,
     metric: str | Metric | None = None,
     positions: bool = False,
+    neurons: Neurons = (),
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> xr.DataArray:
@@ -141,19 +148,23 @@ def secant_edge_scores(
         task: as in `attribution_edge_scores`.
         metric: as in `attribution_edge_scores`.
         positions: as in `attribution_edge_scores`.
+        neurons: as in `attribution_edge_scores`.
         batch_size: as in `attribution_edge_scores`.
         progress: as in `attribution_edge_scores`.
 
     Returns:
         As `attribution_edge_scores`.
     """
+    if positions:
+        check_one_length(task)
     asked = _request(model, task, "noise", metric, batch_size, progress)
-    parts, graph, heads = secant_parts(model), Graph.of(model), HeadOutputs(model)
+    parts, graph, heads = secant_parts(model), Graph.of(model, neurons=neurons), HeadOutputs(model)
+    sites = writer_sites(graph)
 
     def run_batch(prompts: Task, add: _Add) -> tuple[Tensor, Tensor]:
         score = partial(asked.score, prompts=prompts)
         with kept_run(model, parts) as other:
-            logits, kept = model.run_with_cache(prompts.corrupted, list(WRITER_SITES), logits_to_keep=1)
+            logits, kept = model.run_with_cache(prompts.corrupted, sites, logits_to_keep=1)
         corrupted = logits[:, -1]
         with secant_rules(model, other):
             gradients = ReaderGradients(
@@ -161,7 +172,7 @@ def secant_edge_scores(
                 graph,
                 prompts.clean,
                 lambda logits: secant_metric(score, logits, corrupted),
-                also=WRITER_SITES,
+                also=sites,
             )
             difference = gathered(graph, gradients.activations, heads, minus=kept)
             add(difference, gradients.by_layer(), 1.0)
@@ -182,8 +193,8 @@ def _tokens(prompts: Task, is_corrupted: bool) -> Int[Tensor, "prompt pos"]:
     return prompts.corrupted if is_corrupted else prompts.clean
 
 
-def _run_kept(asked: Request, prompts: Task, tokens: Int[Tensor, "prompt pos"]) -> _Kept:
-    logits, kept = asked.model.run_with_cache(tokens, list(WRITER_SITES), logits_to_keep=1)
+def _run_kept(asked: Request, prompts: Task, tokens: Int[Tensor, "prompt pos"], sites: list[str]) -> _Kept:
+    logits, kept = asked.model.run_with_cache(tokens, sites, logits_to_keep=1)
     return _Kept(kept, asked.score(logits[:, -1], prompts))
 
 
@@ -253,8 +264,6 @@ def _collect(
     """Sum an estimate over all prompts, batch by batch, and label it."""
     started = time.perf_counter()
     groups = asked.task.by_length()
-    if positions and len(groups) > 1:
-        raise ValueError("positions=True needs prompts of one length; this task has several")
     length = len(groups[0].clean_ids[0])
     shape = (len(graph.writers), len(graph.readers))
     wide = torch.promote_types(asked.model.dtype, torch.float32)
@@ -273,7 +282,7 @@ def _collect(
     with progress_bar(len(asked.task), str(attrs["method"]), "prompt", progress=asked.progress) as bar:
         for group in groups:
             for rows in batches(
-                len(group), len(group.clean_ids[0]), asked.batch_size or _prompts_a_batch(asked, group)
+                len(group), len(group.clean_ids[0]), asked.batch_size or _prompts_a_batch(asked, graph, group)
             ):
                 metrics.append(run_batch(group[rows], add))
                 bar.update(len(metrics[-1][0]))
@@ -293,7 +302,7 @@ def _collect(
         "metric_corrupted": float(corrupted.mean()),
         "seconds": time.perf_counter() - started,
     }
-    return labelled_edges(graph, scores, said)
+    return labelled_edges(graph, scores, said, asked.task.position_labels if positions else ())
 
 
 def _in_groups(by_layer: ByLayer) -> ByLayer:
@@ -312,19 +321,38 @@ def _joined(pieces: Sequence[tuple[slice, Tensor]]) -> tuple[slice, Tensor]:
     return slice(pieces[0][0].start, pieces[-1][0].stop), torch.cat([gradients for _, gradients in pieces])
 
 
-def _prompts_a_batch(asked: Request, group: Task) -> int:
+def _prompts_a_batch(asked: Request, graph: Graph, group: Task) -> int:
     """As many prompts as let the outputs of all writers fit `WRITER_BYTES`, up to the usual batch."""
     length = len(group.clean_ids[0])
-    a_prompt = len(Graph.of(asked.model).writers) * length * asked.model.d_model * 4
+    a_prompt = len(graph.writers) * length * asked.model.d_model * 4
     return max(1, min(WRITER_BYTES // a_prompt, 1024 // length))
 
 
+def check_one_length(task: Task) -> None:
+    """Refuse to tell positions apart where they mean something else in every prompt.
+
+    Raises:
+        ValueError: for prompts of several lengths.
+    """
+    lengths = sorted({len(ids) for ids in task.clean_ids})
+    if len(lengths) > 1:
+        found = ", ".join(map(str, lengths))
+        raise ValueError(
+            f"positions=True needs prompts of one length, these have {found} tokens: take task.by_length()[0]"
+        )
+
+
 def labelled_edges(
-    graph: Graph, scores: Float[np.ndarray, "*pos writer reader"], attrs: Mapping[str, Any]
+    graph: Graph,
+    scores: Float[np.ndarray, "*pos writer reader"],
+    attrs: Mapping[str, Any],
+    labels: Sequence[str] = (),
 ) -> xr.DataArray:
-    """Edge scores by name; NaN where there is no edge."""
+    """Edge scores by name; NaN where there is no edge. With a position axis, `labels` say what stands where."""
     dims: Sequence[str] = ("position", "writer", "reader")[-scores.ndim :]
     coords: dict[str, Any] = {"writer": list(graph.writers), "reader": list(graph.readers)}
+    if "position" in dims:
+        coords |= {"position": range(len(scores)), "label": ("position", list(labels))}
     return xr.DataArray(
         np.where(graph.exists, scores, np.nan), dims=tuple(dims), coords=coords, name="score", attrs=dict(attrs)
     )

@@ -63,7 +63,7 @@ def run_circuits(
         model: the model.
         task: clean and corrupted prompts.
         graph: the model's graph.
-        masks: the edges of each circuit.
+        masks: the edges of each circuit; with a position axis, those at each position of the prompts.
         read: by name, from last-position logits and the prompts they belong to, to one value a row.
         ablation: what edges outside a circuit carry: "resample", the corrupted run; "mean", the mean over clean prompts
             and positions; "zero".
@@ -75,11 +75,16 @@ def run_circuits(
         By name, values in the order of circuits and prompts.
 
     Raises:
+        ValueError: for edges by position if prompts are of another length.
         FloatingPointError: if a value is NaN or infinite.
     """
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation={ablation!r}; it is one of {', '.join(ABLATIONS)}")
     heads, groups = HeadOutputs(model), task.by_length()
+    lengths = {len(group.clean_ids[0]) for group in groups}
+    if masks.ndim == 4 and lengths != {masks.shape[1]}:
+        others = ", ".join(map(str, sorted(lengths)))
+        raise ValueError(f"these edges are for prompts of {masks.shape[1]} tokens; the task has prompts of {others}")
     if constants is None and ablation == "mean":
         constants = mean_outputs(model, groups, graph, heads)
     found: dict[str, list[Tensor]] = {name: [] for name in read}
@@ -171,7 +176,7 @@ def evaluate(
         model: the model.
         task: clean and corrupted prompts with answers; others than the circuit was found on, if it is to generalise.
         circuit: its scores make the curve; its mask is measured beside it.
-        sizes: shares of all edges.
+        sizes: shares of all edges; with positions, of all edges at all positions.
         ablation: as in `run_circuits`.
         constants: as in `run_circuits`.
         metric: as in `activation_patching`.

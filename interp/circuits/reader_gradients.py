@@ -11,7 +11,7 @@ Only one layer's [reader, prompt, pos, d_model] exists at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ class ReaderGradients:
         tokens: Int[Tensor, "prompt pos"],
         score: Callable[[Tensor], Float[Tensor, " prompt"]],
         *,
-        also: tuple[str, ...] = (),
+        also: Sequence[str] = (),
     ) -> None:
         self._model, self._graph = model, graph
         self._blocks = model.tower.blocks

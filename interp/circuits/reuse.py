@@ -3,7 +3,8 @@
 1. `overlap` and `top_share_overlap`: nodes and edges in common, against chance.
 2. `transfer`: faithfulness of one task's circuit on another task.
 
-`interp.circuits.steering` makes one task's circuit behave like another's.
+`interp.circuits.staged` finds the heads of each task by the source's own protocol; `interp.circuits.steering` makes one
+task's circuit behave like another's.
 
 Source: Merullo, Eickhoff & Pavlick 2024, Circuit component reuse (arXiv 2310.08744).
 """
@@ -23,6 +24,7 @@ from scipy.stats import hypergeom, spearmanr
 
 from interp.circuits.circuit import Circuit
 from interp.circuits.evaluate import Ablation, measured
+from interp.circuits.graph import Graph
 from interp.metrics import Metric
 from interp.model import Model
 from interp.patching.labels import model_provenance
@@ -31,6 +33,9 @@ from interp.tasks import Task
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
 """Shares of all components at which the source compares tasks."""
+
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "parallel")
+"""What a graph has of its model; which neurons write by themselves is chosen."""
 
 Members = Bool[ndarray, " member"]
 
@@ -41,7 +46,8 @@ Members = Bool[ndarray, " member"]
 def overlap(circuits: Mapping[str, Circuit]) -> xr.Dataset:
     """What each pair of circuits has in common.
 
-    Nodes are heads and MLPs (the embedding and the logits are in every circuit). With A the first and B the second:
+    Nodes are all writers but the embedding, which is in every circuit as the logits are. With A the first and B the
+    second:
 
     * `node_jaccard`, `edge_jaccard`: |A ∩ B| / |A ∪ B|;
     * `node_share`, `edge_share`: |A ∩ B| / |A|;
@@ -78,7 +84,8 @@ def overlap(circuits: Mapping[str, Circuit]) -> xr.Dataset:
         "score_spearman": _pairs(scores, _spearman),
     }
     counts = {"n_nodes": [int(one.sum()) for one in nodes], "n_edges": [int(one.sum()) for one in edges]}
-    return _by_pair(found, list(circuits)).assign_coords({name: ("first", values) for name, values in counts.items()})
+    pairs = _by_pair(found, list(circuits)).assign_coords({name: ("first", values) for name, values in counts.items()})
+    return pairs.assign_attrs({"method": "overlap", "graph": str(graph)})
 
 
 def top_share_overlap(
@@ -97,7 +104,7 @@ def top_share_overlap(
         coordinates `n_top` and `chance_jaccard`, the Jaccard of sets with the expected overlap of random ones.
 
     Raises:
-        ValueError: for fewer than two tasks, components that differ between tasks, or shares outside 0..1.
+        ValueError: for fewer than two tasks, components that differ between tasks, or no shares or ones outside 0..1.
     """
     if len(scores) < 2:
         raise ValueError("scores of one task: an overlap takes two or more")
@@ -105,10 +112,10 @@ def top_share_overlap(
     for name, one in list(scores.items())[1:]:
         if one.dims != first.dims or any(not one[dim].equals(first[dim]) for dim in first.dims):
             raise ValueError(f"the scores of {name!r} are of other components than those of {next(iter(scores))!r}")
-    if any(not 0 < share <= 1 for share in shares):
-        raise ValueError(f"shares={list(shares)}; they are above 0 and at most 1")
+    if not shares or any(not 0 < share <= 1 for share in shares):
+        raise ValueError(f"shares={list(shares)}; give at least one, above 0 and at most 1")
     values = np.stack([one.values.ravel() for one in (first, *others)])
-    values = values[:, np.isfinite(values).all(0)]
+    values = values[:, ~np.isnan(values).any(0)]
     n_components = values.shape[1]
     if not n_components:
         raise ValueError("no component has a score in every task")
@@ -126,10 +133,11 @@ def top_share_overlap(
     expected = np.array([count / n_components for count in counts])
     coords = {"n_top": ("share", counts), "chance_jaccard": ("share", expected / (2 - expected))}
     joined = xr.concat(by_share, xr.Variable("share", list(shares)))
-    return joined.assign_coords(coords).assign_attrs({"n_components": n_components, "signed": int(signed)})
+    attrs = {"method": "top_share_overlap", "n_components": n_components, "signed": int(signed)}
+    return joined.assign_coords(coords).assign_attrs(attrs)
 
 
-def _common_graph(circuits: Mapping[str, Circuit]) -> Any:
+def _common_graph(circuits: Mapping[str, Circuit]) -> Graph:
     if len(circuits) < 2:
         raise ValueError("one circuit: an overlap takes two or more")
     graphs = {name: circuit.graph for name, circuit in circuits.items()}
@@ -200,7 +208,8 @@ def transfer(
     """Faithfulness of each circuit on each task: what share of the task's behaviour the circuit alone carries.
 
     Everything outside the circuit is ablated, as in `evaluate`; each task is measured by its own metric
-    unless one is given. Costs about two forward passes for each circuit and prompt, and two more for each prompt.
+    unless one is given. Costs about two forward passes for each circuit and prompt; the whole model and the empty
+    circuit are run besides.
 
     Args:
         model: the model.
@@ -215,18 +224,14 @@ def transfer(
         `metric_empty` (of the whole model and of no edge at all).
 
     Raises:
-        ValueError: without tasks or circuits, for circuits of different graphs, or with positions, which mean something
-            else on another task.
+        ValueError: without tasks or circuits, for circuits of another graph than the model's, or with positions, which
+            mean something else on another task.
     """
     started = time.perf_counter()
     if not tasks or not circuits:
         raise ValueError("transfer takes at least one task and one circuit")
+    _check_circuits(model, circuits)
     graph = next(iter(circuits.values())).graph
-    for name, circuit in circuits.items():
-        if circuit.graph != graph:
-            raise ValueError(f"circuit {name!r} ({circuit.graph}) is of another graph than the first ({graph})")
-        if circuit.has_positions:
-            raise ValueError(f"circuit {name!r} has positions, which mean nothing on another task")
     masks = [circuit.mask for circuit in circuits.values()]
     columns, said = [], defaultdict(list)
     with progress_bar(len(tasks), "transfer", "task", progress=progress) as bar:
@@ -253,3 +258,15 @@ def transfer(
             "seconds": time.perf_counter() - started,
         },
     )
+
+
+def _check_circuits(model: Model, circuits: Mapping[str, Circuit]) -> None:
+    own, (first, *_) = Graph.of(model), (circuit.graph for circuit in circuits.values())
+    for name, circuit in circuits.items():
+        graph = circuit.graph
+        if any(getattr(graph, size) != getattr(own, size) for size in SIZES):
+            raise ValueError(f"circuit {name!r} ({graph}) is of another graph than the model ({own})")
+        if graph != first:
+            raise ValueError(f"circuit {name!r} ({graph}) is of another graph than the first ({first})")
+        if circuit.has_positions:
+            raise ValueError(f"circuit {name!r} has positions, which mean nothing on another task")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
@@ -52,7 +53,7 @@ def greedy_edges(
         ValueError: if there are not so many edges with a score, or scores have a position axis.
     """
     if scores.ndim != 2:
-        raise ValueError("greedy selection is for scores without a position axis; use selection='top'")
+        raise ValueError("greedy selection is for scores without a position axis: give selection='top'")
     ranked = _ranked_by(graph, scores, signed)
     kept = np.zeros(scores.shape, dtype=bool)
     frontier: list[tuple[float, int, int]] = []
@@ -75,24 +76,47 @@ def greedy_edges(
     return kept
 
 
+def top_neurons(scores: xr.DataArray, n: int) -> tuple[tuple[int, int], ...]:
+    """The neurons of largest score in magnitude, as (layer, neuron): what a graph may take as nodes of their own.
+
+    >>> scores = attribution_patching(model, task, site="mlp_post", by=("layer", "neuron"))
+    >>> circuit = discover(model, task, "eap", neurons=top_neurons(scores, 20))
+
+    Raises:
+        ValueError: if scores are not [layer, neuron], or there are not so many.
+    """
+    if scores.dims != ("layer", "neuron"):
+        raise ValueError(f"scores have the axes {', '.join(map(str, scores.dims))}; give them by=('layer', 'neuron')")
+    n_scored = int(np.isfinite(scores.values).sum())
+    if not 0 <= n <= n_scored:
+        raise ValueError(f"n={n} is outside 0..{n_scored}, the neurons that have a score")
+    order = np.argsort(-np.abs(scores.values), axis=None, kind="stable")[:n]
+    layers, neurons = np.unravel_index(order, scores.shape)
+    chosen = zip(scores["layer"].values[layers], scores["neuron"].values[neurons], strict=True)
+    return tuple(sorted((int(layer), int(neuron)) for layer, neuron in chosen))
+
+
 def without_dead_ends(graph: Graph, mask: Bool[ndarray, "*pos writer reader"]) -> Bool[ndarray, "*pos writer reader"]:
     """The edges that lie on a way from the embedding to the logits.
 
-    A node without an edge into it, or without an edge out of it, is dropped with its edges, until none is left.
+    A node without an edge into it, or without an edge out of it, is dropped with its edges, until none is left. With
+    positions that goes for a node at each position by itself: what a key or value sees feeds its heads there and at all
+    later positions, and the logits read at the last position only.
     """
-    kept = mask.copy()
-    feeds = graph.feeds.astype(np.float32)
+    kept = mask.reshape(-1, *graph.exists.shape).copy()
+    feeds, later = graph.feeds.astype(np.float32), graph.reads_for_later
     while True:
-        flat = np.any(kept.reshape(-1, *graph.exists.shape), axis=0)
-        written = flat.any(1)
-        # A reader counts if a node that it feeds writes to something; logits always do.
-        is_used = feeds @ written.astype(np.float32) > 0
-        is_used[-1] = True
-        is_fed = flat.any(0).astype(np.float32) @ feeds > 0
-        is_fed[0] = True
-        alive = kept & is_fed[:, None] & is_used[None, :]
+        # A reader counts if a node that it feeds writes to something; the last logits always do.
+        is_used = kept.any(2).astype(np.float32) @ feeds.T > 0
+        is_used[:, later] = np.maximum.accumulate(is_used[::-1, later])[::-1]
+        is_used[-1, -1] = True
+        reads = np.any(kept, axis=1)
+        reads[:, later] = np.maximum.accumulate(reads[:, later])
+        is_fed = reads.astype(np.float32) @ feeds > 0
+        is_fed[:, 0] = True
+        alive = kept & is_fed[:, :, None] & is_used[:, None, :]
         if alive.sum() == kept.sum():
-            return alive
+            return alive.reshape(mask.shape)
         kept = alive
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.circuits.graph import Graph
-from interp.circuits.writers import HeadOutputs
+from interp.circuits.writers import HeadOutputs, mlp_outputs
 from interp.model import Model, Site
 from interp.model.head_path import first_blocks_skipped
 from interp.model.hooks import Run, Tap, TapFn, tapped
@@ -112,6 +112,7 @@ class _Pass:
         self._buffer: Tensor | None = None
         self._n_own = 0
         self._inputs: dict[str, Tensor] = {}
+        self._post: Tensor | None = None
 
     # What taps do
 
@@ -128,6 +129,8 @@ class _Pass:
                 "z": self._after_attention(layer),
                 "mlp_out": self._after_mlp(layer),
             }
+            if graph.neurons_of(layer):
+                by_kind["mlp_post"] = self._at_neurons
             taps += [Tap(Site(kind, layer), fn) for kind, fn in by_kind.items()]
         return [*taps, Tap(Site("resid_post", graph.n_layers - 1), self._at_logits)]
 
@@ -170,9 +173,13 @@ class _Pass:
 
         return tap
 
+    def _at_neurons(self, activation: Tensor, run: Run) -> None:
+        self._post = activation
+
     def _after_mlp(self, layer: int) -> TapFn:
         def tap(activation: Tensor, run: Run) -> None:
-            self._write(activation[None], self.graph.mlp(layer))
+            parts = mlp_outputs(self.run.model, self.graph, layer, activation, self._post)
+            self._write(parts, self.graph.mlp(layer))
 
         return tap
 

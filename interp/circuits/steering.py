@@ -1,7 +1,8 @@
 """Attention rows of chosen heads overwritten, so that one task's circuit behaves like another's.
 
 The last token's row of a head's pattern is set to zero, then to given fractions at given positions, which come from the
-task. `row_edits` makes the edits, `steer` measures the task with and without them.
+task. `row_edits` makes the edits, `steer` measures the task with and without them. The heads are those that
+`interp.circuits.staged` finds: in the source, heads that feed the movers' queries in one task and fail to in another.
 
 Source: Merullo, Eickhoff & Pavlick 2024, Circuit component reuse (arXiv 2310.08744).
 """
@@ -24,6 +25,7 @@ from interp.patching.activation import resolve_metric
 from interp.patching.batching import batches
 from interp.patching.edges import Writer
 from interp.patching.labels import provenance
+from interp.patching.progress import progress_bar
 from interp.tasks import Task
 
 
@@ -54,16 +56,9 @@ def row_edits(
     Raises:
         ValueError: for an unknown head or position, fractions that do not fit, or prompts of several lengths.
     """
-    length = task.clean.shape[1]
     places = _places(task, onto)
-    if places.shape[0] != len(task) or bool(((places < 0) | (places >= length)).any()):
-        raise ValueError(f"onto has the shape {tuple(places.shape)}; it is a row of positions 0..{length - 1} a prompt")
-    n_places = places.shape[1]
-    weights = [1 / max(n_places, 1)] * n_places if fractions is None else list(fractions)
-    if len(weights) != n_places or min(weights, default=0.0) < 0 or sum(weights) > 1 + 1e-6:
-        raise ValueError(f"fractions={weights}: one for each of {n_places} places, none negative, at most 1 in all")
-    rows = torch.zeros(len(task), length)
-    rows.scatter_add_(1, places, torch.tensor(weights, dtype=torch.float32).expand(len(task), -1))
+    weights = torch.tensor(_weights(places.shape[1], fractions), dtype=torch.float32)
+    rows = torch.zeros(task.clean.shape).scatter_add_(1, places, weights.expand(len(task), -1))
     by_layer: dict[int, list[int]] = defaultdict(list)
     for name in heads:
         layer, head = _head(name)
@@ -86,8 +81,9 @@ def steer(
     fractions: Sequence[float] | None = None,
     metric: str | Metric | None = None,
     batch_size: int | None = None,
+    progress: bool | None = None,
 ) -> xr.Dataset:
-    """The task with and without the intervention of `row_edits`.
+    """The task with and without the intervention of `row_edits`. Costs two forward passes a prompt.
 
     Source: in Merullo et al. 2024, inhibition heads and a negative mover head of GPT-2 medium, made to attend to the
     two wrong colours (`onto=("WRONG", "THIRD")` of `interp.tasks.colored_objects`), repair most of its mistakes.
@@ -100,21 +96,28 @@ def steer(
         fractions: as in `row_edits`.
         metric: as in `activation_patching`.
         batch_size: prompts a forward pass; by default about a thousand tokens' worth.
+        progress: show a progress bar; None: in a terminal or notebook only.
 
     Returns:
         Dataset over [run, prompt], run "plain" or "steered": `metric`, `accuracy` (against the wrong answers) and
         `top1` (against the whole vocabulary); attrs `n_repaired` and `n_broken` count prompts that `top1` gains and
         loses.
+
+    Raises:
+        ValueError: as `row_edits`, of prompts of any lengths.
     """
     started = time.perf_counter()
     metric_name, metric_fn = resolve_metric(metric, task)
     places = _places(task, onto)
     groups = task.by_length()
-    parts = [
-        _steered(model, group[rows], heads, places[group.index[rows]], fractions, metric_fn)
-        for group in groups
-        for rows in batches(len(group), len(group.clean_ids[0]), batch_size)
-    ]
+    parts = []
+    with progress_bar(len(task), "steering", "prompt", progress=progress) as bar:
+        for group in groups:
+            for rows in batches(len(group), len(group.clean_ids[0]), batch_size):
+                prompts = group[rows]
+                edits = row_edits(model, prompts, heads, places[group.index[rows]], fractions=fractions)
+                parts.append(_plain_and_edited(model, prompts, edits, metric_fn))
+                bar.update(len(prompts))
     order = torch.cat([group.index for group in groups]).argsort()
     values = torch.cat(parts, dim=-1)[..., order].numpy()
     top1 = values[2] == 0
@@ -135,16 +138,11 @@ def steer(
     )
 
 
-def _steered(
-    model: Model,
-    prompts: Task,
-    heads: Sequence[str],
-    places: Int[Tensor, "prompt place"],
-    fractions: Sequence[float] | None,
-    metric: Metric,
+def _plain_and_edited(
+    model: Model, prompts: Task, edits: Sequence[Edit], metric: Metric
 ) -> Float[Tensor, "measure run prompt"]:
     plain = model(prompts.clean, logits_to_keep=1)[:, -1]
-    with model.edited(row_edits(model, prompts, heads, places, fractions=fractions)):
+    with model.edited(edits):
         steered = model(prompts.clean, logits_to_keep=1)[:, -1]
     answers, wrong = prompts.answers.to(plain.device), prompts.wrong.to(plain.device)
     return torch.stack(
@@ -155,9 +153,26 @@ def _steered(
     )
 
 
+def _weights(n_places: int, fractions: Sequence[float] | None) -> list[float]:
+    if fractions is None:
+        return [1 / n_places] * n_places if n_places else []
+    if len(fractions) != n_places or not all(one >= 0 for one in fractions) or sum(fractions) > 1 + 1e-6:
+        raise ValueError(
+            f"fractions={list(fractions)}: one for each of {n_places} places, none negative, at most 1 in all"
+        )
+    return list(fractions)
+
+
 def _places(task: Task, onto: Sequence[str] | Int[Tensor, "prompt place"]) -> Int[Tensor, "prompt place"]:
     if isinstance(onto, Tensor):
-        return onto.long()
+        if onto.dim() != 2 or len(onto) != len(task):
+            raise ValueError(
+                f"onto has the shape {tuple(onto.shape)}; it is a row of positions for each of {len(task)} prompts"
+            )
+        for row, (places, ids) in enumerate(zip(onto.tolist(), task.clean_ids, strict=True)):
+            if not all(0 <= place < len(ids) for place in places):
+                raise ValueError(f"onto: the positions of prompt {row} are {places}; they run 0..{len(ids) - 1}")
+        return onto.long().cpu()
     for name in onto:
         if name not in task.positions:
             raise ValueError(f"{name!r} is not a key position of {task.name!r}; it has {', '.join(task.positions)}")

@@ -102,13 +102,15 @@ def to_networkx(circuit: Circuit) -> nx.MultiDiGraph:
     """The circuit as a networkx graph: nodes are heads, MLPs, "embed" and "logits"; an edge for each reader.
 
     Node attributes: `layer`, `kind`. Edge attributes: `score`, and `reader` ("q", "k", "v", "mlp" or "logits"). A key
-    or value of a shared key/value head leads to every head of its group that is in the circuit.
+    or value of a shared key/value head leads to every head of its group that is in the circuit, the input of an MLP to
+    all its neurons that are. With positions the score is summed over them, and `positions` says where the edge is kept
+    ("3 7").
     """
     import networkx as nx
 
     graph, drawn = circuit.graph, nx.MultiDiGraph(**{name: str(value) for name, value in circuit.attrs.items()})
     for name in (*circuit.nodes, LOGITS):
-        kind = "head" if name.startswith("L") else name.rstrip("0123456789")
+        kind = "head" if name.startswith("L") else "neuron" if "." in name else name.rstrip("0123456789")
         layer = graph.n_layers if name == LOGITS else int(graph.writer_layer[graph.writer_index[name]])
         drawn.add_node(name, layer=layer, kind=kind)
     nodes = set(circuit.nodes)
@@ -116,7 +118,9 @@ def to_networkx(circuit: Circuit) -> nx.MultiDiGraph:
         kind = reader.rpartition(".")[2] if "." in reader else reader.rstrip("0123456789")
         for target in targets(graph, reader):
             if target == LOGITS or target in nodes:
-                drawn.add_edge(writer, target, reader=kind, score=circuit.score_of(writer, reader))
+                where = {"positions": " ".join(map(str, circuit.positions_of(writer, reader)))}
+                said = where if circuit.has_positions else {}
+                drawn.add_edge(writer, target, reader=kind, score=circuit.score_of(writer, reader), **said)
     return drawn
 
 

@@ -54,6 +54,10 @@ def discover(
     signed: Annotated[bool, typer.Option("--signed", help="Rank by signed scores instead of magnitudes.")] = False,
     direction: Annotated[str, typer.Option(help="noise (does it break?) or denoise (does it restore?).")] = "noise",
     metric: MetricOption = None,
+    positions: Annotated[
+        bool,
+        typer.Option("--positions", help="Tell positions apart: keep an edge at some of them only. Edge methods only."),
+    ] = False,
     n: Annotated[int, typer.Option(help="Prompt pairs.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, and of methods that draw numbers.")] = 0,
     out: Annotated[
@@ -96,6 +100,7 @@ def discover(
         signed=signed,
         direction=direction,  # type: ignore[arg-type]
         metric=metric,
+        positions=positions,
         seed=seed,
         progress=progress,
     )
@@ -151,7 +156,7 @@ def evaluate(
     if not asked:
         raise ValueError(f"{circuit} does not say which task it was found on: give --task")
     loaded, prompts = load_model_and_task(model, asked, n, seed, device, dtype)
-    graph = Graph.of(loaded)
+    graph = Graph.of(loaded, neurons=found.graph.neurons)
     if found.graph != graph:
         raise ValueError(f"{circuit}: a circuit of {found.graph}; {loaded.name} has {graph}")
     started = time.perf_counter()

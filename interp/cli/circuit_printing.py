@@ -24,10 +24,7 @@ def said_of(circuit: Circuit) -> str:
         f"{attrs.get('model', 'unknown model')}, {attrs.get('task', 'unknown task')}, {attrs.get('method', 'known')}"
     )
     dropped = f" ({attrs['n_pruned']} dead ends dropped)" if attrs.get("n_pruned") else ""
-    return (
-        f"{found}: {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges{dropped}, "
-        f"{len(circuit.heads)} heads and {len(circuit.nodes)} nodes in all"
-    )
+    return f"{found}: {circuit.size}{dropped}, {len(circuit.heads)} heads and {len(circuit.nodes)} nodes in all"
 
 
 def show_circuit(circuit: Circuit) -> None:

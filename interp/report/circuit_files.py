@@ -67,7 +67,7 @@ def circuit_page(circuit: Circuit) -> str:
     """
     attrs = circuit.attrs
     title = ", ".join(str(attrs[name]) for name in ("model", "task", "method") if name in attrs) or "A circuit"
-    said = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges between {len(circuit.nodes)} nodes."
+    said = f"{circuit.size} between {len(circuit.nodes)} nodes."
     drawing = draw(circuit, max_edges=DRAWN_EDGES)
     sections = [
         Section("The circuit", (side_by_side([(drawing, "Hover over nodes and edges for scores.")]),)),

@@ -41,8 +41,9 @@ def find_circuit(model: Model, task: Task, asked: str, *, seed: int, progress: b
     if not asked.endswith(".json"):
         return discover(model, task, asked, seed=seed, progress=progress)
     circuit = load(asked)
-    if circuit.graph != Graph.of(model):
-        raise ValueError(f"{asked}: a circuit of {circuit.graph}; {model.name} has {Graph.of(model)}")
+    graph = Graph.of(model, neurons=circuit.graph.neurons)
+    if circuit.graph != graph:
+        raise ValueError(f"{asked}: a circuit of {circuit.graph}; {model.name} has {graph}")
     return circuit
 
 
@@ -74,7 +75,7 @@ def circuit_variables(
         **{name: float(curve[f"circuit_{name}"]) for name in ("faithfulness", "accuracy", "kl")},
     }
     coords = {"writer": list(circuit.graph.writers), "reader": list(circuit.graph.readers)}
-    dims = ("writer", "reader")
+    dims = ("circuit_position", "writer", "reader")[-circuit.mask.ndim :]
     return {
         "circuit_score": xr.DataArray(circuit.scores, dims=dims, coords=coords, attrs=about),
         "circuit_kept": xr.DataArray(circuit.mask.astype(np.int8), dims=dims, coords=coords),
@@ -93,7 +94,7 @@ def circuit_section(study: xr.Dataset) -> Section:
     )
     method = circuit.attrs["method"]
     said = (
-        f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges between {len(circuit.nodes)} nodes, by {method}. With "
+        f"{circuit.size} between {len(circuit.nodes)} nodes, by {method}. With "
         f"every other edge carrying the corrupted run, the circuit keeps {about['faithfulness']:.0%} of the metric's "
         f"gap and is right on {about['accuracy']:.0%} of {about['n_prompts']} prompts (the ones it was found on)."
     )
@@ -113,14 +114,23 @@ def circuit_section(study: xr.Dataset) -> Section:
 
 
 def strongest_edges(circuit: Circuit, n: int = EDGES_LISTED) -> dict[str, list[str | float]]:
-    """Columns of the edges of largest score."""
+    """Columns of the edges of largest score; with positions, of their sum, and where each is kept."""
     scored = {edge: circuit.score_of(*edge) for edge in circuit.edges}
     best = sorted(scored, key=lambda edge: -abs(scored[edge]))[:n]
-    return {
+    columns: dict[str, list[str | float]] = {
         "from": [writer for writer, _ in best],
         "to": [reader for _, reader in best],
-        "score": [scored[edge] for edge in best],
     }
+    if circuit.has_positions:
+        columns["positions"] = [_positions(circuit, *edge) for edge in best]
+    return columns | {"score": [scored[edge] for edge in best]}
+
+
+def _positions(circuit: Circuit, writer: str, reader: str) -> str:
+    """Where an edge is kept: "3 (S2), 7"."""
+    labels = circuit.attrs.get("position_labels") or [""] * len(circuit.mask)
+    found = circuit.positions_of(writer, reader)
+    return ", ".join(f"{at} ({labels[at].strip()})" if labels[at].strip("… ") else str(at) for at in found)
 
 
 def faithfulness_figure(curve: Mapping[Any, xr.DataArray]) -> go.Figure:

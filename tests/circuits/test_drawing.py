@@ -101,7 +101,7 @@ def test_shared_keys_lead_to_the_heads_of_their_group_that_are_in_the_circuit():
     graph = Graph(2, 4, 2, False)
     shared = {("L0H0", "L1H0.k"): 1.0, ("L1H0", "logits"): 1.0, ("L1H1", "logits"): 1.0, ("L1H2", "logits"): 1.0}
     figure = draw(circuit_of(graph, shared))
-    dots = next(trace for trace in figure.data if trace.name == "key/value heads")
+    dots = next(trace for trace in figure.data if trace.name == "shared inputs")
     assert len(dots.x) == 1
     assert dots.customdata[0].startswith("<b>L1KV0</b>")
     forks = next(trace for trace in figure.data if trace.mode == "lines" and trace.line.width == 1)
@@ -110,7 +110,7 @@ def test_shared_keys_lead_to_the_heads_of_their_group_that_are_in_the_circuit():
     assert ends == heads
     del shared["L1H1", "logits"]
     alone = draw(circuit_of(graph, shared))
-    assert not next(trace for trace in alone.data if trace.name == "key/value heads").x
+    assert not next(trace for trace in alone.data if trace.name == "shared inputs").x
 
 
 def test_of_many_edges_the_strongest_are_drawn_and_the_subtitle_says_so():

@@ -13,7 +13,7 @@ from interp.circuits.graph import Graph
 from interp.circuits.split_run import Reference, SplitRun
 from interp.circuits.writers import HeadOutputs, writer_outputs
 from interp.patching import attribution_patching, relevance_patching, secant_patching
-from tests.circuits.tiny import EDGE_FAMILIES, TEXT_FAMILIES, mean_difference, tiny_model, tiny_task
+from tests.circuits.tiny import EDGE_FAMILIES, TEXT_FAMILIES, linear_model, mean_difference, tiny_model, tiny_task
 
 OUTSIDE_INTERFACE = ("gpt_neo", "gptj", "bloom", "falcon")
 
@@ -104,23 +104,6 @@ def test_on_a_linear_model_all_methods_are_exact():
     ):
         np.testing.assert_allclose(scores.values, exact, atol=1e-6, err_msg=scores.attrs["method"])
     assert np.nansum(exact[:, -1]) == pytest.approx(1, abs=1e-6)
-
-
-def linear_model():
-    model = tiny_model("gpt2")
-    with torch.no_grad():
-        for block in model.tower.blocks:
-            block.down.weight.zero_()
-            block.down.bias.zero_()
-            d_model = model.d_model
-            block.qkv.weight[:, : 2 * d_model] = 0  # no queries and keys: every key counts the same
-            block.qkv.bias[: 2 * d_model] = 0
-    blocks = model.hf.transformer.h
-    for block in blocks:
-        block.ln_1 = torch.nn.Identity()
-        block.ln_2 = torch.nn.Identity()
-    model.hf.transformer.ln_f = torch.nn.Identity()
-    return interp.Model(model.hf, name="linear")
 
 
 def test_integrated_gradients_become_complete():

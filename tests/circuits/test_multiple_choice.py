@@ -1,4 +1,4 @@
-"""Multiple choice: attributions add up to the logits, effects are path patching's, and projections are exact."""
+"""Multiple choice: attributions add up to the logits, attention is what was planted, roles are worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import interp
 from interp.circuits.graph import Graph
-from interp.circuits.multiple_choice import answer_attribution, head_subspace, low_rank_metric, output_nodes
-from interp.metrics import logit_diff
-from interp.patching.activation import activation_patching
-from interp.patching.path import path_patching
+from interp.circuits.multiple_choice import answer_attribution, letter_attention, output_roles
+from interp.circuits.steering import row_edits
+from tests.circuits.choices import LETTERS, N_PROMPTS, choice_task, labelled_task
 from tests.model.families import FAMILIES
-from tests.patching.tokens_task import task_of_tokens
-
-LETTERS = (3, 5, 7, 9)
-N_PROMPTS, LENGTH = 6, 7
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -29,25 +25,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def llama():
     return interp.load(FAMILIES["llama"].make_model("sdpa"))
-
-
-def choice_task(model, n=N_PROMPTS, seed=0):
-    """Random prompts, each with another of the four letters as its answer."""
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.randint(10, model.d_vocab, (n, LENGTH), generator=generator)
-    corrupted = clean.clone()
-    corrupted[:, 2] = 10 + (corrupted[:, 2] - 9) % (model.d_vocab - 10)
-    right = [LETTERS[row % 4] for row in range(n)]
-    return replace(
-        task_of_tokens(clean, corrupted),
-        answers=torch.tensor(right)[:, None],
-        wrong=torch.tensor([[letter for letter in LETTERS if letter != answer] for answer in right]),
-        positions={
-            "END": torch.full((n,), LENGTH - 1),
-            "A": torch.arange(n) % LENGTH,
-            "B": torch.arange(n) * 3 % LENGTH,
-        },
-    )
 
 
 # Attribution
@@ -88,105 +65,163 @@ def test_effect_on_the_right_answer_is_picked_by_prompt(llama):
 def test_attribution_refuses_answers_that_differ_between_prompts(llama):
     task = choice_task(llama)
     wrong = task.wrong.clone()
-    wrong[1, 0] = 11
-    with pytest.raises(ValueError, match="prompt 0 has not the same possible answers"):
+    wrong[1, 0] = 11  # 3 in all others
+    with pytest.raises(ValueError, match=r"prompt 1 has the possible answers \[5, 7, 9, 11\], prompt 0 \[3, 5, 7, 9\]"):
         answer_attribution(llama, replace(task, wrong=wrong))
 
 
-def test_output_nodes_are_total_and_direct_effects(llama):
-    task = choice_task(llama, n=2)
-    found = output_nodes(llama, task)
-    total = activation_patching(llama, task, site="z", by=("layer", "head"), direction="noise")
-    direct = path_patching(llama, task, readers="logits", site="mlp_out", by=("layer",), direction="noise")
-    for layer in range(llama.n_layers):
-        assert float(found["direct"].sel(node=f"mlp{layer}")) == pytest.approx(float(direct[layer]), abs=1e-6)
-        for head in range(llama.n_heads):
-            value = float(found["total"].sel(node=f"L{layer}H{head}"))
-            assert value == pytest.approx(float(total[layer, head]), abs=1e-6)
-    np.testing.assert_allclose(found["indirect"], found["total"] - found["direct"], atol=1e-6)
-    # Nothing comes after the last MLP, so that all its effect is direct.
-    assert abs(float(found["indirect"].sel(node=f"mlp{llama.n_layers - 1}"))) < 1e-5
+# Attention to labels
 
 
-# Low rank
+def test_attention_is_by_answer_wherever_its_label_stands(model):
+    task = labelled_task(model)
+    planted = {
+        "L0H0": ["RIGHT"],
+        "L1H1": ["FIVE"],
+        "L1H2": [f"LABEL{number}" for number in range(1, 5)],
+        "L0H2": ["END"],
+    }
+    edits = [edit for head, onto in planted.items() for edit in row_edits(model, task, [head], onto)]
+    with model.edited(edits):
+        found = letter_attention(model, task)
+    right = np.array([str(answer) for answer in task.answers[:, 0].tolist()])
+    assert found["right"].values.tolist() == right.tolist()
+    answers = found["answer"].values
+    expected = {
+        "L0H0": right[:, None] == answers,
+        "L1H1": np.broadcast_to(answers == "5", (len(task), 4)),
+        "L1H2": np.full((len(task), 4), 0.25),
+        "L0H2": np.zeros((len(task), 4)),
+    }
+    for head, by_answer in expected.items():
+        np.testing.assert_allclose(found["attention"].sel(node=head), by_answer, atol=1e-6)
+    for head in ("L0H0", "L1H1", "L0H2"):  # all attention on one token: whatever the length of its value
+        np.testing.assert_allclose(found["value_weighted"].sel(node=head), expected[head], atol=1e-6)
+    shares = found["value_weighted"].sel(node="L1H2")
+    np.testing.assert_allclose(shares.sum("answer"), 1, atol=1e-5)
+    assert float(shares.std()) > 1e-3
 
 
-@pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_all_directions_change_nothing_and_none_is_the_mean(model, part):
-    task = choice_task(model)
-    positions = None if part == "q" else ["A", "B"]
-    found = low_rank_metric(model, task, "L1H2", [0, 1, model.d_head], part=part, positions=positions, batch_size=4)
-    plain = logit_diff(model(task.clean)[:, -1], task.answers, task.wrong)
-    assert found.attrs["metric_plain"] == pytest.approx(float(plain.mean()), abs=1e-5)
-    assert float(found["metric"].sel(rank=model.d_head)) == pytest.approx(float(plain.mean()), abs=1e-5)
-    assert float(found["kl"].sel(rank=model.d_head)) == pytest.approx(0, abs=1e-5)
-    by_hand = _mean_replaced(model, task, part, positions)
-    assert float(found["metric"].sel(rank=0)) == pytest.approx(by_hand, abs=1e-5)
-    assert abs(by_hand - float(plain.mean())) > 1e-4
-    assert found["variance"].values[0] == 0
-    assert found["variance"].values[-1] == pytest.approx(1)
+def test_value_weighted_attention_by_brute_force(model):
+    task = labelled_task(model)
+    found = letter_attention(model, task, batch_size=4)
+    _, cache = model.run_with_cache(task.clean, ["pattern", "v"])
+    layer, head = 1, 2
+    value = cache["v", layer][:, :, head * model.n_kv_heads // model.n_heads]
+    written = cache["pattern", layer][:, head, -1, :, None] * (value @ model.W_O[layer, head])
+    lengths = written.norm(dim=-1)
+    for row in range(len(task)):
+        for letter in LETTERS:
+            share = float(lengths[row, task.clean_ids[row].index(letter)] / lengths[row].sum())
+            own = float(found["value_weighted"].sel(node="L1H2", answer=str(letter))[row])
+            assert own == pytest.approx(share, abs=1e-5)
 
 
-def _mean_replaced(model, task, part, positions):
-    """The metric with the head's vectors at these places replaced by their mean, by a plain hook."""
-    index = 2 * model.n_heads_at(part) // model.n_heads
-    where = torch.zeros(len(task), LENGTH, dtype=torch.bool)
-    for name in positions or ["END"]:
-        where[torch.arange(len(task)), task.positions[name]] = True
-    name = f"blocks.1.attn.hook_{part}"
-    _, cache = model.run_with_cache(task.clean, name)
-    mean = cache[name][:, :, index][where].mean(0)
-
-    def replaced(activation, hook):
-        activation = activation.clone()
-        activation[:, :, index][where] = mean
-        return activation
-
-    logits = model.run_with_hooks(task.clean, fwd_hooks=[(name, replaced)])[:, -1]
-    return float(logit_diff(logits, task.answers, task.wrong).mean())
-
-
-def test_subspace_is_the_principal_components(llama):
-    task = choice_task(llama, n=12)
-    space = head_subspace(llama, task, "L0H3", part="k", batch_size=5)
-    _, cache = llama.run_with_cache(task.clean, "k")
-    vectors = cache["k", 0][:, :, 3 * llama.n_kv_heads // llama.n_heads].reshape(-1, llama.d_head)
-    torch.testing.assert_close(space.mean, vectors.mean(0))
-    values = torch.linalg.eigvalsh(torch.cov(vectors.T)).flip(0)
-    torch.testing.assert_close(space.variance, values / values.sum(), atol=1e-5, rtol=1e-4)
-    projected = space.projected(vectors, 2)
-    assert torch.linalg.matrix_rank(projected - space.mean, atol=1e-4) == 2
-    torch.testing.assert_close(space.projected(projected, 2), projected, atol=1e-5, rtol=1e-5)
-    left = (vectors - projected).square().sum() / (vectors - space.mean).square().sum()
-    assert float(left) == pytest.approx(1 - float(space.variance[:2].sum()), abs=1e-5)
+def test_a_label_may_be_written_otherwise_than_the_answer(llama):
+    task = labelled_task(llama)
+    found = letter_attention(llama, task)
+    # Other tokens, of the same text but for the space before it.
+    shifted = [[30 + LETTERS.index(token) if token in LETTERS else token for token in row] for row in task.clean_ids]
+    texts = tuple(
+        tuple(f" {LETTERS[token - 30]}" if old in LETTERS else text for token, old, text in zip(*row, strict=True))
+        for row in zip(shifted, task.clean_ids, task.str_tokens, strict=True)
+    )
+    other = replace(task, clean_ids=tuple(map(tuple, shifted)), str_tokens=texts)
+    where = {name: places for name, places in task.positions.items() if name.startswith("LABEL")}
+    attention = letter_attention(llama, other, labels=list(where))
+    _, cache = llama.run_with_cache(other.clean, "pattern")
+    for row in range(len(task)):
+        place = task.clean_ids[row].index(7)
+        expected = float(cache["pattern", 1][row, 0, -1, place])
+        assert float(attention["attention"].sel(node="L1H0", answer="7")[row]) == pytest.approx(expected, abs=1e-6)
+    assert attention["answer"].equals(found["answer"])
 
 
-def test_as_many_directions_as_prompts_less_one_are_all_that_their_queries_use(llama):
-    task = choice_task(llama, n=3)
-    found = low_rank_metric(llama, task, "L1H0", [2])
-    assert float(found["metric"][0]) == pytest.approx(found.attrs["metric_plain"], abs=1e-5)
+def test_attention_refuses_labels_that_are_not_the_answers(llama):
+    task = labelled_task(llama)
+    with pytest.raises(ValueError, match="not a key position"):
+        letter_attention(llama, task, labels=["LABEL5"])
+    with pytest.raises(ValueError, match=r"prompt 0: the labels are .* has to be one of them"):
+        letter_attention(llama, task, labels=["LABEL1", "LABEL2", "LABEL3", "LABEL3"])
+    with pytest.raises(ValueError, match="prompt 0: the labels are"):
+        letter_attention(llama, task, labels=["LABEL1", "LABEL2"])
 
 
-def test_directions_fitted_elsewhere_are_used_here(llama):
-    task, other = choice_task(llama), choice_task(llama, n=9, seed=1)
-    held_out = low_rank_metric(llama, task, "L1H0", [1, llama.d_head], fit=other)
-    assert float(held_out["metric"][1]) == pytest.approx(held_out.attrs["metric_plain"], abs=1e-5)
-    space = head_subspace(llama, other, "L1H0")
-    where = torch.zeros(len(task), LENGTH, dtype=torch.bool)
-    where[:, -1] = True
-    with llama.edited(space.edit(where, 1)):
-        metric = logit_diff(llama(task.clean)[:, -1], task.answers, task.wrong).mean()
-    assert float(held_out["metric"][0]) == pytest.approx(float(metric), abs=1e-6)
+# Roles
+
+RIGHT = ["A", "B", "C", "D", "A"]
 
 
-def test_low_rank_refuses_before_any_run(llama):
-    task = choice_task(llama)
-    for head, ranks, more, message in (
-        ("mlp0", [1], {}, "not a head"),
-        ("L0H99", [1], {}, "out of range"),
-        ("L0H0", [llama.d_head + 1], {}, "ranks run 0.."),
-        ("L0H0", [1], {"part": "z"}, "one of q, k, v"),
-        ("L0H0", [1], {"positions": ["C"]}, "not a key position"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            low_rank_metric(llama, task, head, ranks, **more)
+def planted(shares, low, right=RIGHT):
+    """Attention and attribution of heads, by hand: shares [node, prompt, answer]."""
+    nodes, answers = [f"L0H{number}" for number in range(len(shares))], list("ABCD")
+    coords = {"prompt": range(len(right)), "node": nodes, "answer": answers, "right": ("prompt", right)}
+    dims = ("prompt", "node", "answer")
+    shares = np.moveaxis(np.array(shares, dtype=float), 0, 1)
+    attention = xr.Dataset({"attention": (dims, shares), "value_weighted": (dims, shares)}, coords=coords)
+    effect = np.zeros((len(right), len(shares[0]) + 1, 4))
+    bounds = {name: ("node", [*(value + shift for value in low), 0.0]) for name, shift in BOUNDS.items()}
+    attribution = xr.Dataset({"effect": (dims, effect), **bounds}, coords={**coords, "node": [*nodes, "mlp0"]})
+    return attribution, attention
+
+
+BOUNDS = {"low": 0.0, "on_right": 1.0, "high": 2.0}
+
+
+def rows(share):
+    """The same share of attention by answer in every prompt, or by whether the answer is right."""
+    return [[share(answer == right, answer) for answer in "ABCD"] for right in RIGHT]
+
+
+def test_roles_by_hand():
+    shares = [
+        rows(lambda is_right, answer: 0.63 if is_right else 0.03),  # 0.72 on labels, 7/8 of it on the right one
+        rows(lambda is_right, answer: 0.6 if answer == "C" else 0.1),
+        rows(lambda is_right, answer: 0.2),
+        rows(lambda is_right, answer: 0.01),
+        rows(lambda is_right, answer: 0.01),
+        rows(lambda is_right, answer: {"A": 0.4, "B": 0.4}.get(answer, 0.0)),  # two of four
+        rows(lambda is_right, answer: 0.63 if is_right else 0.03),
+        rows(lambda is_right, answer: np.nan),
+    ]
+    found = output_roles(*planted(shares, low=[1.0, -1.0, -1.0, 1.0, -1.0, 1.0, -1.0, -1.0]))
+    assert found["role"].values.tolist() == [
+        "correct letter", "single letter", "uniform", "amplification", "", "", "", "",
+    ]  # fmt: skip
+    np.testing.assert_allclose(found["on_labels"][:6], [0.72, 0.9, 0.8, 0.04, 0.04, 0.8])
+    np.testing.assert_allclose(found["to_right"][:3], [7 / 8, (1 / 9 + 1 / 9 + 6 / 9 + 1 / 9) / 4, 1 / 4])
+    np.testing.assert_allclose(found["to_one"][:3], [1 / 24, 6 / 9, 1 / 4])
+    assert found["one"].values[1] == "C"
+    np.testing.assert_allclose(found["evenness"][[2, 5]], [1, 1 / 2])
+    assert bool(found.sel(node="L0H7")[["on_labels", "to_right", "to_one", "evenness"]].to_array().isnull().all())
+    assert found["one"].values[7] == ""
+    assert found["on_right"].values.tolist() == [2.0, 0.0, 0.0, 2.0, 0.0, 2.0, 0.0, 0.0]
+
+
+def test_an_answer_that_is_right_more_often_counts_no_more():
+    """The head looks at A if A is right, else evenly: A is right twice as often as the others."""
+    shares = [[[1.0, 0, 0, 0] if right == "A" else [0.25] * 4 for right in RIGHT]]
+    found = output_roles(*planted(shares, low=[1.0]))
+    np.testing.assert_allclose(found["to_right"], (1 + 3 * 0.25) / 4)
+    np.testing.assert_allclose(found["to_one"], max((0.25 * 3) / 3, (2 * 0 + 2 * 0.25) / 4))
+
+
+def test_roles_of_planted_heads_in_a_model(llama):
+    task = labelled_task(llama, n=8)
+    edits = row_edits(llama, task, ["L1H1"], ["FIVE"]) + row_edits(llama, task, ["L0H0"], ["RIGHT"])
+    with llama.edited(edits):
+        found = output_roles(answer_attribution(llama, task), letter_attention(llama, task))
+    one = found.sel(node="L1H1")
+    assert (str(one["role"].values), str(one["one"].values)) == ("single letter", "5")
+    right = found.sel(node="L0H0")
+    assert float(right["to_right"]) == pytest.approx(1)
+    assert str(right["role"].values) == ("correct letter" if float(right["low"]) > 0 else "")
+
+
+def test_roles_refuse():
+    attribution, attention = planted([rows(lambda is_right, answer: 0.2)], low=[1.0])
+    with pytest.raises(ValueError, match="differ in 'right'"):
+        output_roles(attribution, attention.assign_coords(right=("prompt", RIGHT[::-1])))
+    shares = [[[0.25] * 4] * 2]
+    with pytest.raises(ValueError, match="the same answer is right"):
+        output_roles(*planted(shares, low=[1.0], right=["B", "B"]))

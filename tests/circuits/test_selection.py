@@ -62,6 +62,34 @@ def test_pruning_keeps_what_is_on_a_way_from_embedding_to_logits(seed):
         assert kept[writer, reader] == expected, (GRAPH.writers[writer], GRAPH.readers[reader])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_with_positions_ways_run_forward_and_end_at_the_last(seed):
+    """Nodes are (node, position): a key or value leads to all positions from its own on, everything else stays."""
+    n_positions = 3
+    draws = np.random.default_rng(seed).normal(size=(n_positions, *GRAPH.exists.shape))
+    mask = top_edges(GRAPH, draws, 90)
+    graph = nx.DiGraph()
+    sources, end = [("embed", position) for position in range(n_positions)], ("logits", n_positions - 1)
+    graph.add_nodes_from([*sources, end])
+
+    def targets(position, reader):
+        last = n_positions if GRAPH.readers[reader][-2:] in (".k", ".v") else position + 1
+        names = [GRAPH.writers[index] for index in np.flatnonzero(GRAPH.feeds[reader])] or ["logits"]
+        return [(name, later) for name in names for later in range(position, last)]
+
+    for position, writer, reader in np.argwhere(mask):
+        graph.add_edges_from(((GRAPH.writers[writer], position), target) for target in targets(position, reader))
+    fed = set(sources).union(*(nx.descendants(graph, source) for source in sources))
+    on_way = fed & (nx.ancestors(graph, end) | {end})
+    expected = np.zeros_like(mask)
+    for position, writer, reader in np.argwhere(mask):
+        is_on = (GRAPH.writers[writer], position) in on_way
+        expected[position, writer, reader] = is_on and any(target in on_way for target in targets(position, reader))
+    kept = without_dead_ends(GRAPH, mask)
+    assert (kept == expected).all()
+    assert 0 < kept.sum() < mask.sum()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_takes_the_best_edge_that_leads_to_the_circuit(seed):
     scores, kept = random_scores(seed), np.zeros(GRAPH.exists.shape, dtype=bool)

@@ -38,3 +38,21 @@ def tiny_task(n: int = 2, seed: int = 0) -> interp.tasks.Task:
 def mean_difference(logits: torch.Tensor, task: interp.tasks.Task) -> torch.Tensor:
     """Mean logit difference of last-position logits."""
     return logit_diff(logits, task.answers, task.wrong).mean()
+
+
+def linear_model() -> interp.Model:
+    """A model whose metric is linear in every edge: no MLP, no norm, attention that looks everywhere alike."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        for block in model.tower.blocks:
+            block.down.weight.zero_()
+            block.down.bias.zero_()
+            d_model = model.d_model
+            block.qkv.weight[:, : 2 * d_model] = 0  # no queries and keys: every key counts the same
+            block.qkv.bias[: 2 * d_model] = 0
+    blocks = model.hf.transformer.h
+    for block in blocks:
+        block.ln_1 = torch.nn.Identity()
+        block.ln_2 = torch.nn.Identity()
+    model.hf.transformer.ln_f = torch.nn.Identity()
+    return interp.Model(model.hf, name="linear")

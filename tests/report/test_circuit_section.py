@@ -49,6 +49,28 @@ def test_a_circuit_from_a_file_is_the_circuit_shown(model, tmp_path):
         study_of(other, str(path))
 
 
+def test_a_circuit_with_positions_and_neurons_is_shown_from_its_file(model, tmp_path):
+    circuit = discover(model, TASK, "eap", edges=25, positions=True, neurons=[(0, 3), (1, 5)])
+    path = save(circuit, tmp_path / "found.json")
+    study = study_of(model, str(path))
+    write_netcdf(study, tmp_path / "study.nc")
+    with xr.open_dataset(tmp_path / "study.nc") as again:
+        page = "".join(map(str, circuit_section(again.load()).parts))
+    assert f"{circuit.size} between" in page
+    assert "summed over 7 positions" in page
+
+
+def test_positions_of_an_edge_are_named_where_the_task_names_them(model):
+    circuit = discover(model, TASK, "eap", edges=60, positions=True)
+    table = strongest_edges(circuit, n=5)
+    labels = TASK.position_labels
+    for writer, reader, found in zip(table["from"], table["to"], table["positions"], strict=True):
+        kept = circuit.positions_of(writer, reader)
+        named = [f"{at} ({labels[at]})" if labels[at] != "…" else str(at) for at in kept]
+        assert found == ", ".join(named)
+    assert "6 (END)" in "".join(map(str, table["positions"]))
+
+
 def test_the_table_lists_the_strongest_first(model):
     circuit = discover(model, TASK, "secant", edges=30)
     table = strongest_edges(circuit, n=5)
