@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,45 +12,82 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.heads.rows import Measure, row_means
-from interp.model import Model, Site
+from interp.heads.attention_calls import attention_modules, call_stats, pattern_rows
+from interp.heads.rows import Measure, key_positions, row_means
+from interp.model import Model
+from interp.model.attention import AttentionCall, AttentionResult, attention_wrapped
+from interp.model.inputs import Prompts
 from interp.patching.labels import model_provenance
 
 SCORES = ("previous_token", "induction", "duplicate_token", "current_token", "first_token")
 
 
-def pattern(model: Model, prompt: str | Int[Tensor, "..."], layer: int, head: int) -> xr.DataArray:
-    """Attention pattern of one head on one prompt, token strings beside both axes.
+@torch.no_grad()
+def pattern(
+    model: Model,
+    prompt: Prompts,
+    layers: int | Sequence[int],
+    heads: int | Sequence[int],
+    *,
+    rows: Sequence[int] | None = None,
+) -> xr.DataArray:
+    """Attention patterns of some heads on one prompt, token strings beside both axes.
+
+    They are recomputed from queries and keys, whatever attention implementation the model runs. Costs one forward pass;
+    holds rows x keys numbers a head. `pattern(...).squeeze()` is the matrix of a single head.
 
     Args:
         model: the model.
-        prompt: text, or the token ids of one prompt.
-        layer: 0 to n_layers - 1.
-        head: query head, 0 to n_heads - 1.
+        prompt: text, token ids, or a mapping of inputs with `input_ids`: one prompt.
+        layers: one layer or several, 0 to n_layers - 1.
+        heads: one query head or several, 0 to n_heads - 1, the same in each layer.
+        rows: query positions, 0 to the prompt's length - 1; None: all.
 
     Returns:
-        DataArray [query, key] with coordinates `query_token` and `key_token`. Rows sum to 1 (to less with learned sink
-        logits).
+        DataArray [layer, head, query, key] with coordinates `query_token` and `key_token`. Rows sum to 1 (to less with
+        learned sink logits).
 
     Raises:
-        ValueError: if layer or head is out of range, or several prompts are given.
+        ValueError: if a layer, head or row is out of range, or several prompts are given.
     """
-    for what, index, n in (("layer", layer, model.n_layers), ("head", head, model.n_heads)):
-        if not 0 <= index < n:
-            raise ValueError(f"{what} {index} is out of range; {what}s run 0..{n - 1}")
-    tokens = model.to_tokens(prompt) if isinstance(prompt, str) else torch.atleast_2d(prompt)
-    if len(tokens) != 1:
-        raise ValueError(f"pattern takes one prompt; got {len(tokens)}")
-    site = Site("pattern", layer)
-    _, cache = model.run_with_cache(tokens, site, logits_to_keep=1)
-    labels = model.to_str_tokens(tokens) if model.tokenizer is not None else [str(one) for one in tokens[0].tolist()]
-    axis = range(len(labels))
+    chosen = {"layer": _listed(layers), "head": _listed(heads)}
+    ids = _one_prompt(model, prompt)
+    positions = range(len(ids)) if rows is None else list(rows)
+    for what, indices, n in (
+        ("layer", chosen["layer"], model.n_layers),
+        ("head", chosen["head"], model.n_heads),
+        ("row", positions, len(ids)),
+    ):
+        outside = [index for index in indices if not 0 <= index < n]
+        if outside:
+            raise ValueError(f"{what} {outside[0]} is out of range; {what}s run 0..{n - 1}")
+    found: dict[int, Tensor] = {}
+
+    def see(call: AttentionCall, *, layer: int) -> AttentionResult:
+        result = call.run()
+        # Where scores or pattern are edited, what queries and keys say is not what the model used.
+        edited = None if call.is_plain else result[1]
+        which = torch.tensor(positions)
+        part = pattern_rows(call, chosen["head"], which) if edited is None else edited[:, chosen["head"]][:, :, which]
+        found[layer] = part[0].float().cpu()
+        return result
+
+    modules = attention_modules(model, chosen["layer"])
+    with attention_wrapped({module: partial(see, layer=layer) for layer, module in modules.items()}):
+        model(ids[None] if isinstance(prompt, str) else prompt, logits_to_keep=1)
+    labels = model.to_str_tokens(ids) if model.tokenizer is not None else [str(one) for one in ids.tolist()]
     return xr.DataArray(
-        cache[site][0, head].float().cpu().numpy(),
-        dims=("query", "key"),
-        coords={"query": axis, "key": axis, "query_token": ("query", labels), "key_token": ("key", labels)},
+        torch.stack([found[layer] for layer in chosen["layer"]]).numpy(),
+        dims=("layer", "head", "query", "key"),
+        coords={
+            **chosen,
+            "query": list(positions),
+            "key": range(len(ids)),
+            "query_token": ("query", [labels[row] for row in positions]),
+            "key_token": ("key", labels),
+        },
         name="pattern",
-        attrs={**model_provenance(model), "method": "pattern", "layer": layer, "head": head},
+        attrs={**model_provenance(model), "method": "pattern"},
     )
 
 
@@ -102,7 +141,7 @@ def pattern_scores(
     * `current_token`: A[q, q] over all q;
     * `first_token`: A[q, 0] over all q (row 0 included, where it is 1).
 
-    Costs one forward pass a sequence; holds one layer's patterns at a time.
+    Costs one forward pass a sequence, and each layer's scores once more; no pattern is held.
 
     Args:
         model: the model.
@@ -138,24 +177,24 @@ def pattern_scores(
 
 
 def stripes(period: int, offset: int) -> Measure:
-    """The measure behind `pattern_scores`: the entries of each score's diagonal, row by row.
+    """The measure behind `pattern_scores`: the entries of each score's stripe, row by row.
 
     Args:
         period: tokens before they repeat; 0 if they do not, which leaves induction and duplicate-token without rows.
         offset: tokens before the first period (a BOS).
     """
+    offsets = (1, 0, period - 1, period) if period else (1, 0)
 
-    def measure(
-        pattern: Float[Tensor, "batch head query key"], allowed: Bool[Tensor, "batch head query key"], rows: slice
-    ) -> dict[str, Float[Tensor, "batch head row"]]:
-        none = pattern[..., 0, :0]
-        # Diagonal -k lists A[q, q-k] from q = k on.
+    def measure(call: AttentionCall, rows: slice) -> dict[str, Float[Tensor, "batch head row"]]:
+        stats = call_stats(call, key_sets=key_positions(call, [0])[None], offsets=offsets)
+        previous, current, *repeated = stats.stripes
+        induction, duplicate = repeated if period else (current[..., :0], current[..., :0])
         return {
-            "previous_token": pattern.diagonal(-1, -2, -1),
-            "induction": pattern.diagonal(1 - period, -2, -1)[..., offset + 2 :] if period else none,
-            "duplicate_token": pattern.diagonal(-period, -2, -1)[..., offset:] if period else none,
-            "current_token": pattern.diagonal(0, -2, -1),
-            "first_token": pattern[..., 0],
+            "previous_token": previous[..., 1:],
+            "induction": induction[..., period + offset + 1 :],
+            "duplicate_token": duplicate[..., period + offset :],
+            "current_token": current,
+            "first_token": stats.mass[0],
         }
 
     return measure
@@ -172,6 +211,24 @@ def matching_score(
     rows = mask.any(-1, keepdim=True)
     attention = pattern.float()
     return (attention * mask).sum((-2, -1)) / (attention * rows).sum((-2, -1))
+
+
+def _listed(indices: int | Sequence[int]) -> list[int]:
+    return [indices] if isinstance(indices, int) else list(indices)
+
+
+def _one_prompt(model: Model, prompt: Prompts) -> Int[Tensor, " pos"]:
+    """The token ids of a single prompt.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    if isinstance(prompt, str):
+        return model.to_tokens(prompt)[0]
+    ids = torch.atleast_2d(torch.as_tensor(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt))
+    if len(ids) != 1:
+        raise ValueError(f"pattern takes one prompt; got {len(ids)}")
+    return ids[0]
 
 
 def _repetition(tokens: Int[Tensor, "sequence pos"]) -> tuple[int, int]:

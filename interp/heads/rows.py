@@ -1,28 +1,24 @@
-"""Means over attention rows, one layer and one batch of prompts at a time.
-
-All that is ever held is the pattern of one layer for one batch: [batch, head, query, key].
-"""
+"""Means over attention rows, one layer and one batch of prompts at a time; no pattern is held."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.model import Model, Site
-from interp.model.hooks import Run, Tap, tapped
+from interp.heads.attention_calls import attention_modules
+from interp.model import Model
+from interp.model.attention import AttentionCall, AttentionResult, attention_wrapped
 from interp.patching.batching import batches
 from interp.patching.progress import progress_bar
 from interp.tasks import Task
 
-Pattern = Float[Tensor, "batch head query key"]
-Allowed = Bool[Tensor, "batch head query key"]
-
-Measure = Callable[[Pattern, Allowed, slice], dict[str, Float[Tensor, "batch head row"]]]
-"""From a pattern, the keys that each query may attend to, and which prompts of the group these are, to one value a row
-by name. Rows in which a value is undefined are NaN or left out."""
+Measure = Callable[[AttentionCall, slice], dict[str, Float[Tensor, "batch head row"]]]
+"""From one call of a layer's attention, and which prompts of the group these are, to one value a row by name. Rows in
+which a value is undefined are NaN or left out."""
 
 
 @torch.no_grad()
@@ -53,18 +49,23 @@ def row_means(
     sums: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}
 
-    def add(layer: int, values: dict[str, Tensor]) -> None:
-        for name, by_row in values.items():
+    def see(call: AttentionCall, *, layer: int, measure: Measure, rows: slice) -> AttentionResult:
+        for name, by_row in measure(call, rows).items():
             defined = ~by_row.isnan()
             for totals, amount in ((sums, by_row.double().nan_to_num(0)), (counts, defined.double())):
                 blank = [torch.zeros(model.n_heads, dtype=torch.float64) for _ in range(model.n_layers)]
                 totals.setdefault(name, blank)[layer] += amount.sum((0, 2)).cpu()
+        return call.run()
 
+    modules = attention_modules(model, range(model.n_layers))
     total = sum(len(tokens) for tokens, _ in groups)
     with progress_bar(total, "reading attention", "prompt", progress=progress) as bar:
         for tokens, measure in groups:
             for rows in batches(len(tokens), tokens.shape[1], batch_size):
-                with tapped(model.anatomy, list(_pattern_taps(model, measure, rows, add))):
+                seen = {
+                    module: partial(see, layer=layer, measure=measure, rows=rows) for layer, module in modules.items()
+                }
+                with attention_wrapped(seen):
                     model.last_logits(tokens[rows])
                 bar.update(len(tokens[rows]))
     return {
@@ -78,18 +79,8 @@ def token_groups(prompts: Task | Int[Tensor, "prompt pos"]) -> list[Int[Tensor, 
     return [group.clean for group in prompts.by_length()] if isinstance(prompts, Task) else [prompts]
 
 
-def _pattern_taps(
-    model: Model, measure: Measure, rows: slice, add: Callable[[int, dict[str, Tensor]], None]
-) -> Iterator[Tap]:
-    """Taps that measure the pattern of each layer as it is computed; scores come before it and say what is masked."""
-    for layer in range(model.n_layers):
-        allowed: dict[str, Tensor] = {}
-
-        def see_scores(scores: Tensor, run: Run, allowed: dict[str, Tensor] = allowed) -> None:
-            allowed["keys"] = ~torch.isneginf(scores)
-
-        def see_pattern(pattern: Tensor, run: Run, layer: int = layer, allowed: dict[str, Tensor] = allowed) -> None:
-            add(layer, measure(pattern.float(), allowed.pop("keys"), rows))
-
-        yield Tap(Site("attn_scores", layer), see_scores)
-        yield Tap(Site("pattern", layer), see_pattern)
+def key_positions(call: AttentionCall, positions: Sequence[int]) -> Tensor:
+    """The same positions in every prompt of a call as a set of keys, Bool [batch, key]."""
+    chosen = torch.zeros(len(call.key), call.key.shape[2], dtype=torch.bool, device=call.key.device)
+    chosen[:, list(positions)] = True
+    return chosen

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from interp.heads.rows import Measure, row_means, token_groups
+from interp.heads.attention_calls import call_stats, pattern_rows
+from interp.heads.rows import Measure, key_positions, row_means, token_groups
 from interp.model import Model
+from interp.model.attention import AttentionCall
 from interp.patching.labels import model_provenance, provenance
 from interp.tasks import Task
 
@@ -36,7 +38,7 @@ def attention_statistics(
     * `distance`: Σ A |query − key|, in tokens;
     * `first_token_mass`: A[q, 0] over all q. Row 0 counts, where it is 1, so short prompts score higher.
 
-    Costs one forward pass a prompt; holds one layer's patterns at a time.
+    Costs one forward pass a prompt, and each layer's scores once more; no pattern is held.
 
     Args:
         model: the model.
@@ -53,12 +55,13 @@ def attention_statistics(
     """
     started = time.perf_counter()
 
-    def measure(pattern: Tensor, allowed: Tensor, rows: slice) -> dict[str, Tensor]:
-        shares, left = renormalised(pattern, allowed, exclude)
+    def measure(call: AttentionCall, rows: slice) -> dict[str, Tensor]:
+        stats = call_stats(call, key_sets=key_positions(call, [0])[None], exclude=key_positions(call, exclude))
+        entropy = stats.entropy / stats.n_keys.clamp(min=2).log()
         return {
-            "entropy": row_entropy(shares, left),
-            "distance": row_distance(shares),
-            "first_token_mass": pattern[..., 0],
+            "entropy": entropy.masked_fill(stats.n_keys < MIN_KEYS, torch.nan),
+            "distance": stats.distance,
+            "first_token_mass": stats.mass[0],
         }
 
     groups: list[tuple[Tensor, Measure]] = [(tokens, measure) for tokens in token_groups(prompts)]
@@ -105,46 +108,14 @@ def end_attention(
     )
 
 
-def renormalised(
-    pattern: Float[Tensor, "batch head query key"],
-    allowed: Bool[Tensor, "batch head query key"],
-    exclude: Sequence[int] = (),
-) -> tuple[Float[Tensor, "batch head query key"], Bool[Tensor, "batch head query key"]]:
-    """(rows that sum to 1 over the keys left, which keys those are); NaN rows where nothing is left.
-
-    Rows sum to less than 1 beforehand if keys are excluded or a learned sink logit takes a share.
-    """
-    left = allowed.clone()
-    left[..., list(exclude)] = False
-    kept = pattern.float() * left
-    return kept / kept.sum(-1, keepdim=True), left
-
-
-def row_entropy(
-    shares: Float[Tensor, "batch head query key"], allowed: Bool[Tensor, "batch head query key"]
-) -> Float[Tensor, "batch head query"]:
-    """Entropy of each row as a share of the largest possible; NaN for rows with fewer than `MIN_KEYS` keys."""
-    n_keys = allowed.sum(-1)
-    entropy = torch.special.entr(shares).sum(-1) / n_keys.clamp(min=2).log()
-    return entropy.masked_fill(n_keys < MIN_KEYS, torch.nan)
-
-
-def row_distance(shares: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query"]:
-    """Mean distance in tokens between each query and what it attends to."""
-    n_queries, n_keys = shares.shape[-2:]
-    queries = torch.arange(n_queries, device=shares.device)
-    keys = torch.arange(n_keys, device=shares.device)
-    return (shares * (queries[:, None] - keys).abs()).sum(-1)
-
-
 def _from_end(group: Task, targets: Sequence[str]) -> Measure:
     stands = {
         name: (group.clean[:, :, None] == ids[:, None, :]).any(-1)
         for name, ids in (("answer", group.answers), ("wrong", group.wrong))
     }
 
-    def measure(pattern: Tensor, allowed: Tensor, rows: slice) -> dict[str, Tensor]:
-        last = pattern[:, :, -1]
+    def measure(call: AttentionCall, rows: slice) -> dict[str, Tensor]:
+        last = pattern_rows(call, range(call.query.shape[1]), torch.tensor([call.query.shape[2] - 1]))[:, :, 0]
         prompts = torch.arange(len(last), device=last.device)
         found = {name: last[prompts, :, group.positions[name][rows].to(last.device)] for name in targets}
         for name, where in stands.items():

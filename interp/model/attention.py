@@ -63,6 +63,11 @@ class AttentionCall:
     taps: Sequence[AttentionTap] = ()
     inner: AttentionWrapper | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's own attention follows: no tap of scores or pattern, no further wrapper."""
+        return self.inner in (None, _attend) and not any(tap.kind in ("attn_scores", "pattern") for tap in self.taps)
+
     def run(self) -> AttentionResult:
         """What the next wrapper makes of this call; without one, the model's own attention with its taps."""
         return _attend(self) if self.inner is None else self.inner(self)
@@ -241,7 +246,8 @@ def attention_scores(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not causal or n_queries == 1:
             return scores
-        allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device).tril(n_keys - n_queries)
+        # Aligned at the first key, as SDPA does it: further keys are the empty places of a static cache.
+        allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device).tril()
     else:
         attention_mask = attention_mask[..., :n_keys]
         if attention_mask.dtype == torch.bool:

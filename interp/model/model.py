@@ -369,7 +369,8 @@ class Model:
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         options.setdefault("pad_token_id", pad_id(self.tokenizer))
         shown = self.images.expand(inputs)
-        ids = self.hf.generate(**shown, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
+        output = self.hf.generate(**shown, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
+        ids = output if isinstance(output, Tensor) else output.sequences
         ids[:, : inputs["input_ids"].shape[1]] = inputs["input_ids"]
         return self._tokenizer.decode(ids[0], skip_special_tokens=True) if isinstance(prompt, str) else ids
 

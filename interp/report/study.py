@@ -235,11 +235,13 @@ def _top_heads(model: Model, task: Task, effects: xr.DataArray) -> Variables:
     """Pattern and written tokens of the heads that matter most, on the first prompt."""
     chosen = extreme_heads(effects, TOP_FOR, TOP_AGAINST)
     ids = torch.tensor([task.clean_ids[0]])
-    patterns = [pattern(model, ids, layer, head) for layer, head in chosen]
+    layers, heads = (sorted(set(indices)) for indices in zip(*chosen, strict=True))
+    patterns = pattern(model, ids, layers, heads)
     written = [written_tokens(model, ids, layer, head) for layer, head in chosen]
     labels = [head_label(layer, head) for layer, head in chosen]
-    axes = {one: patterns[0].coords[one] for one in ("query", "key", "query_token", "key_token")}
-    stacked = xr.DataArray(np.stack([one.values for one in patterns]), dims=("top", "query", "key"), coords=axes)
+    axes = {one: patterns.coords[one] for one in ("query", "key", "query_token", "key_token")}
+    maps = np.stack([patterns.sel(layer=layer, head=head).values for layer, head in chosen])
+    stacked = xr.DataArray(maps, dims=("top", "query", "key"), coords=axes)
     return {
         "top_pattern": stacked.assign_coords(top=labels),
         "top_layer": (("top",), [layer for layer, _ in chosen]),

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+import interp
 from interp import heads
 from interp.heads.patterns import SCORES, stripes
+from interp.model.attention import AttentionCall
 
 T = 10
 
 
 def planted(period: int, offset: int) -> dict[str, torch.Tensor]:
-    """Patterns that put all attention where each score looks, in the rows where it is defined; on key 1 elsewhere."""
+    """Which key each query attends to: where each score looks, in the rows where it is defined; key 1 elsewhere."""
     length = 2 * period + offset
     found = {}
     for name, first, back in (
@@ -20,33 +22,31 @@ def planted(period: int, offset: int) -> dict[str, torch.Tensor]:
         ("duplicate_token", period + offset, period),
         ("current_token", 0, 0),
     ):
-        pattern = torch.zeros(length, length)
-        pattern[:, 1] = 1
-        for query in range(first, length):
-            pattern[query] = 0
-            pattern[query, query - back] = 1
-        found[name] = pattern
-    found["first_token"] = torch.zeros(length, length)
-    found["first_token"][:, 0] = 1
+        queries = torch.arange(length)
+        found[name] = torch.where(queries < first, 1, queries - back)
+    found["first_token"] = torch.zeros(length, dtype=torch.long)
     return found
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_planted_patterns_score_one_on_their_own_score(offset: int) -> None:
-    patterns = planted(T, offset)
-    stacked = torch.stack(list(patterns.values()))[None]
-    scores = stripes(T, offset)(stacked, stacked >= 0, slice(0, 1))
-    assert set(scores) == set(SCORES)
-    rows = {name: values.shape[-1] for name, values in scores.items()}
+def test_planted_patterns_score_one_on_their_own_score(tiny, offset: int) -> None:
+    targets = planted(T, offset)
     length = 2 * T + offset
-    assert rows == {
+    keys = torch.eye(length).expand(1, len(targets), length, length)
+    queries = 100 * torch.stack([torch.nn.functional.one_hot(one, length).float() for one in targets.values()])[None]
+    module = heads.attention_calls.attention_modules(tiny, [0])[0]
+    # Row 0 of a causal pattern has its own key only; without a mask of its own every query sees every key.
+    call = AttentionCall(module, queries, keys, keys, None, {"scaling": 1.0, "is_causal": False})
+    scores = stripes(T, offset)(call, slice(0, 1))
+    assert set(scores) == set(SCORES)
+    assert {name: values.shape[-1] for name, values in scores.items()} == {
         "previous_token": length - 1,
         "induction": T - 1,
         "duplicate_token": T,
         "current_token": length,
         "first_token": length,
     }
-    for head, name in enumerate(patterns):
+    for head, name in enumerate(targets):
         for score, values in scores.items():
             mean = float(values[0, head].mean())
             assert (mean == 1) if score == name else (mean < 0.2), (name, score)
@@ -88,24 +88,6 @@ def test_scores_equal_loops_over_eager_attentions(tiny, bos) -> None:
     assert scores.sizes == {"layer": tiny.n_layers, "head": tiny.n_heads}
 
 
-def test_only_one_layer_of_one_batch_is_held(tiny, monkeypatch) -> None:
-    """Patterns are reduced as they come: no call sees, and nothing keeps, more than one layer of one batch."""
-    alive = []
-    original = stripes(T, 0)
-
-    def watched(pattern, allowed, rows):
-        import weakref
-
-        alive[:] = [one for one in alive if one() is not None]
-        assert not alive, "the pattern of an earlier layer is still held"
-        assert pattern.shape == (2, tiny.n_heads, 2 * T, 2 * T)
-        alive.append(weakref.ref(pattern))
-        return original(pattern, allowed, rows)
-
-    monkeypatch.setattr("interp.heads.patterns.stripes", lambda period, offset: watched)
-    heads.pattern_scores(tiny, heads.planted_tokens(tiny, period=T, n_sequences=4), batch_size=2)
-
-
 def test_scores_that_need_a_repetition_are_nan_without_one(tiny) -> None:
     tokens = torch.arange(5, 5 + 2 * T)[None]
     scores = heads.pattern_scores(tiny, tokens)
@@ -143,28 +125,65 @@ def test_matching_score_counts_only_rows_in_which_the_mask_says_something() -> N
     assert torch.isnan(heads.matching_score(pattern, torch.zeros(4, 4, dtype=torch.bool)))
 
 
+def eager_attentions(model: interp.Model, tokens: torch.Tensor) -> np.ndarray:
+    """[layer, prompt, head, query, key] by transformers."""
+    hf = copy.deepcopy(model.hf)
+    hf.set_attn_implementation("eager")
+    with torch.no_grad():
+        return torch.stack(hf(tokens, output_attentions=True).attentions).numpy()
+
+
 def test_pattern_is_what_transformers_returns_and_carries_tokens(tiny) -> None:
     text = "Mary and John went to the store and John"
     tokens = tiny.to_tokens(text)
-    hf = copy.deepcopy(tiny.hf)
-    hf.set_attn_implementation("eager")
-    with torch.no_grad():
-        expected = hf(tokens, output_attentions=True).attentions[1][0, 2].numpy()
-    for prompt in (text, tokens, tokens[0]):
-        found = heads.pattern(tiny, prompt, layer=1, head=2)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert found.dims == ("query", "key")
+    expected = eager_attentions(tiny, tokens)[:, 0]
+    for prompt in (text, tokens, tokens[0], {"input_ids": tokens}):
+        found = heads.pattern(tiny, prompt, layers=1, heads=2)
+        assert found.dims == ("layer", "head", "query", "key")
+        np.testing.assert_allclose(found, expected[1:2, 2:3], atol=1e-6)
     assert list(found.key_token.values) == tiny.to_str_tokens(text)
     assert float(found.sum("key").mean()) == pytest.approx(1)
+    # The order asked for is the order given; rows are those of the whole pattern.
+    some = heads.pattern(tiny, text, layers=[1, 0], heads=[3, 0], rows=[5, 2])
+    np.testing.assert_allclose(some, expected[[1, 0]][:, [3, 0]][:, :, [5, 2]], atol=1e-6)
+    assert list(some["query"].values) == [5, 2]
+    assert list(some.query_token.values) == [tiny.to_str_tokens(text)[row] for row in (5, 2)]
+    np.testing.assert_allclose(some.sel(layer=1, head=0), expected[1, 0][[5, 2]], atol=1e-6)
 
 
-def test_pattern_refuses_heads_that_do_not_exist(tiny) -> None:
+def test_pattern_shows_edits_of_the_pattern(tiny) -> None:
+    with tiny.edited(interp.Edit("blocks.0.attn.hook_pattern", heads=[1], value=0.25)):
+        found = heads.pattern(tiny, "Mary and John", layers=[0, 1], heads=[0, 1])
+        with pytest.raises(ValueError, match="edits of attention scores or pattern in force"):
+            heads.attention_received(tiny, "Mary and John")
+    assert (found.sel(layer=0, head=1) == 0.25).all()
+    plain = heads.pattern(tiny, "Mary and John", layers=[0, 1], heads=[0, 1])
+    np.testing.assert_allclose(found.sel(layer=0, head=0), plain.sel(layer=0, head=0), atol=1e-6)
+    assert not np.allclose(found.sel(layer=1), plain.sel(layer=1), atol=1e-6)
+
+
+def test_pattern_holds_no_more_than_the_rows_asked_for(tiny, monkeypatch) -> None:
+    shapes = []
+    original = heads.attention_calls.attention_pattern
+
+    def watched(scores, sinks):
+        shapes.append(tuple(scores.shape))
+        return original(scores, sinks)
+
+    monkeypatch.setattr("interp.heads.attention_calls.attention_pattern", watched)
+    heads.pattern(tiny, torch.arange(5, 45), layers=[0], heads=[1, 2], rows=[7])
+    assert shapes == [(1, 2, 1, 40)]
+
+
+def test_pattern_refuses_what_does_not_exist(tiny) -> None:
     with pytest.raises(ValueError, match=r"head 4 is out of range; heads run 0\.\.3"):
-        heads.pattern(tiny, "Mary", layer=0, head=4)
+        heads.pattern(tiny, "Mary", layers=0, heads=4)
     with pytest.raises(ValueError, match="layer -1 is out of range"):
-        heads.pattern(tiny, "Mary", layer=-1, head=0)
+        heads.pattern(tiny, "Mary", layers=[0, -1], heads=0)
+    with pytest.raises(ValueError, match=r"row 9 is out of range; rows run 0\.\.8"):
+        heads.pattern(tiny, torch.arange(9), layers=0, heads=0, rows=[9])
     with pytest.raises(ValueError, match="takes one prompt; got 2"):
-        heads.pattern(tiny, torch.ones(2, 3, dtype=torch.long), layer=0, head=0)
+        heads.pattern(tiny, torch.ones(2, 3, dtype=torch.long), layers=0, heads=0)
 
 
 @pytest.mark.model
