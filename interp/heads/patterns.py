@@ -16,6 +16,7 @@ from interp.heads.attention_calls import attention_modules, call_stats, pattern_
 from interp.heads.rows import Measure, key_positions, row_means
 from interp.model import Model
 from interp.model.attention import AttentionCall, AttentionResult, attention_wrapped
+from interp.model.edit import resolve_columns
 from interp.model.inputs import Prompts
 from interp.patching.labels import model_provenance
 
@@ -39,9 +40,9 @@ def pattern(
     Args:
         model: the model.
         prompt: text, token ids, or a mapping of inputs with `input_ids`: one prompt.
-        layers: one layer or several, 0 to n_layers - 1.
-        heads: one query head or several, 0 to n_heads - 1, the same in each layer.
-        rows: query positions, 0 to the prompt's length - 1; None: all.
+        layers: one layer or several, 0 to n_layers - 1, or negative from the last.
+        heads: one query head or several, the same in each layer.
+        rows: query positions, negative from the prompt's end; None: all.
 
     Returns:
         DataArray [layer, head, query, key] with coordinates `query_token` and `key_token`. Rows sum to 1 (to less with
@@ -50,17 +51,12 @@ def pattern(
     Raises:
         ValueError: if a layer, head or row is out of range, or several prompts are given.
     """
-    chosen = {"layer": _listed(layers), "head": _listed(heads)}
+    chosen = {
+        "layer": resolve_columns(layers, model.n_layers, "layer"),
+        "head": resolve_columns(heads, model.n_heads, "head"),
+    }
     ids = _one_prompt(model, prompt)
-    positions = range(len(ids)) if rows is None else list(rows)
-    for what, indices, n in (
-        ("layer", chosen["layer"], model.n_layers),
-        ("head", chosen["head"], model.n_heads),
-        ("row", positions, len(ids)),
-    ):
-        outside = [index for index in indices if not 0 <= index < n]
-        if outside:
-            raise ValueError(f"{what} {outside[0]} is out of range; {what}s run 0..{n - 1}")
+    positions = list(range(len(ids))) if rows is None else resolve_columns(rows, len(ids), "row")
     found: dict[int, Tensor] = {}
 
     def see(call: AttentionCall, *, layer: int) -> AttentionResult:
@@ -81,7 +77,7 @@ def pattern(
         dims=("layer", "head", "query", "key"),
         coords={
             **chosen,
-            "query": list(positions),
+            "query": positions,
             "key": range(len(ids)),
             "query_token": ("query", [labels[row] for row in positions]),
             "key_token": ("key", labels),
@@ -211,10 +207,6 @@ def matching_score(
     rows = mask.any(-1, keepdim=True)
     attention = pattern.float()
     return (attention * mask).sum((-2, -1)) / (attention * rows).sum((-2, -1))
-
-
-def _listed(indices: int | Sequence[int]) -> list[int]:
-    return [indices] if isinstance(indices, int) else list(indices)
 
 
 def _one_prompt(model: Model, prompt: Prompts) -> Int[Tensor, " pos"]:

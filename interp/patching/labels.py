@@ -57,7 +57,8 @@ def model_provenance(model: Model) -> dict[str, Any]:
 
     return {
         "model": model.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        # Not "dtype": netCDF keeps that name for how booleans are written.
+        "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "interp": interp.__version__,
         "torch": str(torch.__version__),  # a TorchVersion, which netCDF cannot hold

@@ -140,7 +140,7 @@ def making(study: xr.Dataset) -> Section:
     seconds = json.loads(study.attrs["seconds"])
     entries = {
         "command": Markup(f"<code>{escaped(study.attrs['command'])}</code>"),
-        "model": "{model}: {architecture}, {dtype} on {device}".format(**study.attrs),
+        "model": "{model}: {architecture}, {model_dtype} on {device}".format(**study.attrs),
         "task": "{task}, seed {seed}, {prompts} prompt pairs".format(prompts=study.sizes["prompt"], **study.attrs),
         "seconds": ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
         + f"; {sum(seconds.values()):.0f} in all",

@@ -13,6 +13,7 @@ from interp.model import Model
 from interp.tasks import Task
 from interp.zoo import trained, wired, wired_duplicate
 from interp.zoo.prompts import Behaviour, repeated_sequence
+from interp.zoo.seeing import SEEING, load_seeing
 from interp.zoo.words import LETTERS, SYMBOLS, word_tokenizer
 
 Edges = frozenset[tuple[str, str]]
@@ -88,7 +89,7 @@ _ENTRIES = {
     ),
 }
 
-MODELS: dict[str, str] = {name: entry.summary for name, entry in _ENTRIES.items()}
+MODELS: dict[str, str] = {name: entry.summary for name, entry in _ENTRIES.items()} | SEEING
 """Names of the models, each with a line on what it is."""
 
 
@@ -103,6 +104,8 @@ def load(name: str) -> Model:
     Raises:
         ValueError: for another name.
     """
+    if name in SEEING:
+        return load_seeing(name)
     entry = _entry(name)
     with torch.random.fork_rng(devices=[]):  # architectures draw weights that are overwritten at once
         hf = entry.build()
@@ -124,8 +127,10 @@ def task(name: str, n: int = 32, seed: int = 0) -> Task:
         seed: the same seed gives the same task.
 
     Raises:
-        ValueError: for another name, or less than one prompt.
+        ValueError: for another name, less than one prompt, or a model that sees (`picture_task` is for these).
     """
+    if name in SEEING:
+        raise ValueError(f"{name!r} sees: interp.zoo.picture_task(model) shows it the pictures of its task")
     return _entry(name).behaviour.as_task(n, seed)
 
 
@@ -157,6 +162,6 @@ def edges(name: str) -> Edges:
 def _entry(name: str) -> _Entry:
     if name in _ENTRIES:
         return _ENTRIES[name]
-    near = difflib.get_close_matches(name, _ENTRIES, n=2)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(_ENTRIES)}"
+    near = difflib.get_close_matches(name, MODELS, n=2)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(MODELS)}"
     raise ValueError(f"there is no model {name!r} in the zoo; {hint}")

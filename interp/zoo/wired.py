@@ -113,7 +113,7 @@ def llama_induction() -> Any:
     hf = LlamaForCausalLM(config)
     blank(hf, stream)
     embed_words(hf.model.embed_tokens.weight, stream)
-    first, second = blocks = llama_blocks(hf)
+    first, second = blocks = llama_blocks(hf.model)
     generator = torch.Generator().manual_seed(0)
     distract(first, stream, generator, heads=[0, 1, 2], kv_heads=[0])
     distract(second, stream, generator, heads=[0, 2, 3], kv_heads=[1])

@@ -105,9 +105,9 @@ def gpt2_blocks(hf: Any) -> list[Block]:
     return [block(module) for module in hf.transformer.h]
 
 
-def llama_blocks(hf: Any) -> list[Block]:
-    """The blocks of a Llama."""
-    d_head = hf.config.head_dim
+def llama_blocks(stack: Any) -> list[Block]:
+    """The blocks of a Llama, from the module that owns them."""
+    d_head = stack.config.head_dim
 
     def block(module: Any) -> Block:
         attention, mlp = module.self_attn, module.mlp
@@ -118,7 +118,7 @@ def llama_blocks(hf: Any) -> list[Block]:
         out = attention.o_proj.weight.T.unflatten(0, (-1, d_head))
         return Block(q, k, v, out, mlp.gate_proj.weight.T, mlp.up_proj.weight.T, mlp.down_proj.weight.T)
 
-    return [block(module) for module in hf.model.layers]
+    return [block(module) for module in stack.layers]
 
 
 def blank(hf: Any, stream: Stream) -> None:

@@ -16,10 +16,10 @@ SYMBOLS = (BOS_WORD, *string.ascii_letters, *string.digits)
 """The vocabulary of the trained induction model."""
 
 
-def word_tokenizer(words: Sequence[str]) -> Any:
+def word_tokenizer(words: Sequence[str], *, whole: Sequence[str] = ()) -> Any:
     """A Hugging Face tokenizer that splits at spaces and puts a BOS in front; word i is token i.
 
-    A word that is not in the vocabulary is an error, not an unknown token.
+    A word that is not in the vocabulary is an error, not an unknown token. Words in `whole` need no spaces around them.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -29,4 +29,6 @@ def word_tokenizer(words: Sequence[str]) -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS_WORD} $A", special_tokens=[(BOS_WORD, words.index(BOS_WORD))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS_WORD, eos_token=BOS_WORD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS_WORD, eos_token=BOS_WORD, extra_special_tokens=list(whole)
+    )

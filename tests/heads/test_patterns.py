@@ -178,8 +178,8 @@ def test_pattern_holds_no_more_than_the_rows_asked_for(tiny, monkeypatch) -> Non
 def test_pattern_refuses_what_does_not_exist(tiny) -> None:
     with pytest.raises(ValueError, match=r"head 4 is out of range; heads run 0\.\.3"):
         heads.pattern(tiny, "Mary", layers=0, heads=4)
-    with pytest.raises(ValueError, match="layer -1 is out of range"):
-        heads.pattern(tiny, "Mary", layers=[0, -1], heads=0)
+    with pytest.raises(ValueError, match="layer -4 is out of range"):
+        heads.pattern(tiny, "Mary", layers=[0, -4], heads=0)
     with pytest.raises(ValueError, match=r"row 9 is out of range; rows run 0\.\.8"):
         heads.pattern(tiny, torch.arange(9), layers=0, heads=0, rows=[9])
     with pytest.raises(ValueError, match="takes one prompt; got 2"):

@@ -205,7 +205,7 @@ def test_the_result_says_what_it_is(model, task, tmp_path):
         "n_prompts",
         "torch",
         "interp",
-        "dtype",
+        "model_dtype",
     }
     assert wanted <= set(effects.attrs)
     effects.to_netcdf(tmp_path / "effects.nc", engine="h5netcdf")

@@ -130,7 +130,7 @@ def test_results_look_like_those_of_activation_patching(site, direction):
         assert found.dims == exact.dims
         for name in exact.coords:
             np.testing.assert_array_equal(found[name], exact[name])
-        same = ("site", "direction", "metric", "normalised", "model", "task", "n_prompts", "dtype")
+        same = ("site", "direction", "metric", "normalised", "model", "task", "n_prompts", "model_dtype")
         assert {name: found.attrs[name] for name in same} == {name: exact.attrs[name] for name in same}
         for name in ("metric_clean", "metric_corrupted"):
             np.testing.assert_allclose(found.attrs[name], exact.attrs[name], rtol=1e-4)

@@ -154,7 +154,7 @@ def test_frozen_parameters_and_bfloat16(model, task):
     np.testing.assert_allclose(found.values, expected.values, atol=1e-6)
     model.hf.to(torch.bfloat16)
     rough = secant_patching(model, task, site="resid_pre")
-    assert rough.attrs["dtype"] == "bfloat16"
+    assert rough.attrs["model_dtype"] == "bfloat16"
     assert rough.values.dtype == np.float32
     np.testing.assert_allclose(rough.sum("position").values, 1.0, atol=0.2)
 

@@ -12,10 +12,11 @@ from interp.tasks import accuracy
 WEIGHTS = Path(zoo.__file__).parent / "weights"
 WIRED = ("induction", "duplicate", "llama_induction")
 TRAINED = ("induction_2l", "ioi_small")
+SEEING = ("colours", "digits")
 
 
 def test_every_model_is_named_with_a_line():
-    assert set(zoo.MODELS) == {*WIRED, *TRAINED}
+    assert set(zoo.MODELS) == {*WIRED, *TRAINED, *SEEING}
     assert all(line and "\n" not in line for line in zoo.MODELS.values())
     assert interp.zoo is zoo
 
@@ -113,7 +114,7 @@ def test_the_names_of_ioi_stand_where_the_key_positions_say(name):
 
 def test_weights_are_safetensors_and_small():
     files = [path for path in WEIGHTS.iterdir() if not path.name.startswith(".")]
-    assert {path.name for path in files} == {f"{name}.safetensors" for name in TRAINED}
+    assert {path.name for path in files} == {f"{name}.safetensors" for name in (*TRAINED, "digits", "regression")}
     assert sum(path.stat().st_size for path in files) < 5e6
 
 
