@@ -18,6 +18,7 @@ from interp.patching.progress import progress_bar
 from interp.sinks.dimensions import Dimensions, dimension_indices
 
 INTERVENTIONS = ("baseline", "zero", "mean", "random")
+_NO_WORD = -1
 
 
 @torch.no_grad()
@@ -104,13 +105,19 @@ def intervene(
 def mean_nll(
     model: Model, tokens: Int[Tensor, "prompt pos"], batch_size: int | None = None
 ) -> Float[Tensor, " prompt"]:
-    """Mean negative log-likelihood of each prompt's tokens from the second on, in nats (float64, on the CPU)."""
+    """Mean negative log-likelihood of each prompt's tokens from the second on, in nats (float64, on the CPU).
+
+    Pieces of images are no words: they are read, not predicted.
+    """
     found = []
     for rows in batches(len(tokens), tokens.shape[1], batch_size):
         batch = tokens[rows].to(model.device)
         logits = model(batch)[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        found.append(losses.double().mean(1).cpu())
+        targets = batch[:, 1:].masked_fill(model.images.mask(batch[:, 1:]), _NO_WORD)
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none", ignore_index=_NO_WORD
+        )
+        found.append((losses.double().sum(1) / (targets != _NO_WORD).sum(1)).cpu())
     return torch.cat(found)
 
 

@@ -126,6 +126,8 @@ def _check(model: Model, tokens: Tensor, variants: Sequence[SinkWindow], chunk: 
         raise ValueError(f"give one cache or more, each once; got {names}")
     if tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise ValueError(f"there is nothing to predict: the tokens have shape {tuple(tokens.shape)}")
+    if bool(model.images.mask(tokens).any()):
+        raise ValueError("the prompts have images, whose pieces are no words to predict; give prompts of text alone")
     smallest = min(one.recent for one in variants)
     if not 1 <= chunk <= smallest:
         raise ValueError(f"chunk is 1 to {smallest}, the shortest window; got {chunk}")

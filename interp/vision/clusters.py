@@ -103,6 +103,7 @@ def cluster_heads(features: xr.DataArray, *, n_clusters: int = 4, seed: int = 0)
     plane = PCA(n_components=2, svd_solver="full")
     coordinates = plane.fit_transform(standardised)
     dataset = on_a_plane(features, coordinates, n_clusters=n_clusters, seed=seed)
+    dataset.attrs["method"] = "cluster_heads"
     return dataset.assign(
         loading=(("axis", "feature"), plane.components_), explained=("axis", plane.explained_variance_ratio_)
     ).assign_coords(feature=features["feature"].values)

@@ -117,7 +117,7 @@ def damro_outliers(
 
 def above(values: Float[Tensor, "*axes patch"], sigmas: float) -> Bool[Tensor, "*axes patch"]:
     """Which values exceed the mean of the last axis by this many of its population standard deviations."""
-    mean, deviation = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, correction=1)
+    mean, deviation = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, correction=0)
     return values > mean + sigmas * deviation
 
 

@@ -75,6 +75,7 @@ def test_clusters_find_planted_kinds() -> None:
     assert (found["cluster"][:, :2] == 0).all()  # the largest comes first
     again = vision.cluster_heads(features, n_clusters=4, seed=1)
     xr.testing.assert_identical(found, again)
+    assert found.attrs["method"] == "cluster_heads"
     # Two components of a singular value decomposition of the standardised features, up to sign.
     rows = values.reshape(-1, 8).double().numpy()
     standardised = (rows - rows.mean(0)) / rows.std(0)
