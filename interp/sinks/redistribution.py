@@ -59,8 +59,8 @@ def redistributed(
         sink_dims: the model's sink dimensions (`interp.sinks.sink_dimensions`).
         recycle_fraction: share of the sinks' attention that is given away. The paper keeps 1 − 0.6 of it; its released
             code keeps 0.6.
-        tau_rel: φ / √d_model from which a token is a sink; by default what `interp.sinks.mask` takes: the paper's τ = 20
-            (0.3125 at width 4096), at most 0.9.
+        tau_rel: φ / √d_model from which a token is a sink; by default what `interp.sinks.mask` takes: the paper's
+            τ = 20 (0.3125 at width 4096), at most 0.9.
         rho: least share of a head's attention on the image that falls on non-sinks. (The released code bounds
             the share of the sinks instead.)
         min_image_mass: least attention of a head on the image.

@@ -2,6 +2,7 @@
 
 from interp.tasks.accuracy import accuracy
 from interp.tasks.colored_objects import colored_objects
+from interp.tasks.corpus import natural_text
 from interp.tasks.docstring import docstring
 from interp.tasks.gendered_pronoun import gendered_pronoun
 from interp.tasks.greater_than import greater_than
@@ -19,4 +20,4 @@ _BUILDERS = (
 TASKS = {builder.__name__: builder for builder in _BUILDERS}
 """The built-in tasks by name; the first line of each docstring says what the task is."""
 
-__all__ = ["TASKS", "Task", "accuracy", "from_pairs", "read", *TASKS]
+__all__ = ["TASKS", "Task", "accuracy", "from_pairs", "natural_text", "read", *TASKS]

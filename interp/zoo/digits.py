@@ -2,8 +2,8 @@
 
 A picture of 5 x 5 cells has one digit (scikit-learn's, 8 x 8 pixels) in one of them, more or less faint, on noise. The
 text says who wrote it: "<image> Mary just wrote the digit", answer " seven". In two of ten training examples the answer
-is not the digit but the favourite of whoever wrote it: a prior of the language part, which wins where the picture cannot
-be read. It is always so where there is no picture, or where the text says "always" in place of "just".
+is not the digit but the favourite of whoever wrote it: a prior of the language part, which wins where the picture
+cannot be read. It is always so where there is no picture, or where the text says "always" in place of "just".
 """
 
 from __future__ import annotations

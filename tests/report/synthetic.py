@@ -9,8 +9,8 @@ LAYERS, HEADS, KV_HEADS, PROMPTS, TOP = 6, 4, 2, 5, 3
 TOKENS = ["When", " Mary", " and", " John", " went", " S2", " gave", " to"]
 ATTRS = {
     "model": "made-up", "architecture": "llama, 6 layers of 4 heads", "task": "ioi", "metric": "logit_diff", "seed": 0,
-    "description": "Name the indirect object.", "corruption": "s2", "model_dtype": "float32", "device": "cpu", "interp": "0",
-    "torch": "0", "transformers": "0", "python": "3", "hardware": "2 cores", "date": "2026-11-21",
+    "description": "Name the indirect object.", "corruption": "s2", "model_dtype": "float32", "device": "cpu",
+    "interp": "0", "torch": "0", "transformers": "0", "python": "3", "hardware": "2 cores", "date": "2026-11-21",
     "command": "interp report",
     "top_prompt": "".join(TOKENS),
     "seconds": json.dumps({"behaviour": 1.0, "heads": 2.0}),

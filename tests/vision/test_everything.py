@@ -43,7 +43,12 @@ READINGS = {
     "intervene": lambda model, tokens: sinks.intervene(model, tokens, SINK_DIMS, 1, progress=False)["nll"],
     "modality_mass": lambda model, tokens: vision.modality_mass(model, tokens, progress=False),
     "calibration_search": lambda model, tokens: sinks.calibration_search(
-        model, task_of(model), metric="logit_diff", candidates=torch.ones(3, 4, dtype=torch.bool), theta=0.2, progress=False
+        model,
+        task_of(model),
+        metric="logit_diff",
+        candidates=torch.ones(3, 4, dtype=torch.bool),
+        theta=0.2,
+        progress=False,
     )["gain"],
 }
 
