@@ -171,7 +171,21 @@ def test_discover_refuses_before_the_model_is_loaded(tmp_path):
     assert "does not exist: make it first" in refused("discover", *nowhere, "--out", tmp_path / "no" / "circuit.json")
     assert "one of top, greedy" in refused("discover", *nowhere, "--selection", "best")
     assert "one of noise, denoise" in refused("discover", *nowhere, "--direction", "up")
+    assert "did you mean 'logit_diff'" in refused("discover", *nowhere, "--metric", "logit_dif")
     assert "is not a task" in refused("discover", *nowhere, "--task", "ioy")
+
+
+def test_acdc_takes_the_divergence_by_name(on_tiny):
+    code, out, err = run("discover", *on_tiny, "--method", "acdc", "--metric", "kl", "--threshold", 0.5, "--n", 1)
+    assert code == 0, err
+    assert "acdc" in out
+
+
+def test_report_refuses_a_circuit_before_the_model_is_loaded(folder, tmp_path):
+    nowhere = ("--model", "no/such-model", "--out", tmp_path / "report.html")
+    assert "did you mean 'eap-ig'" in refused("report", *nowhere, "--circuit", "eapig")
+    assert "none.json" in refused("report", *nowhere, "--circuit", tmp_path / "none.json")
+    assert "not a circuit file" in refused("report", *nowhere, "--circuit", folder / "config.json")
 
 
 def test_discover_refuses_options_that_do_not_go_together(on_tiny):
@@ -225,6 +239,9 @@ def test_evaluate_refuses(folder, on_tiny, files, tmp_path, tiny_tokenizer):
     assert "not a circuit file" in refused("evaluate", "--circuit", folder / "config.json", *on_tiny)
     assert "one of resample, mean, zero" in refused("evaluate", "--circuit", files[0], *on_tiny, "--ablation", "none")
     assert "must end in .csv, .json, .nc" in refused("evaluate", "--circuit", files[0], "--out", tmp_path / "x.html")
+    assert "did you mean 'logit_diff'" in refused(
+        "evaluate", "--circuit", files[0], "--model", "no/such-model", "--metric", "logit_dif"
+    )
     tiny_gpt2_hf(len(tiny_tokenizer)).save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
     other = ("--model", tmp_path / "gpt2", "--task", folder / "pairs.csv")

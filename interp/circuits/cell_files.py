@@ -6,8 +6,10 @@ digest) and what its other files hold (by theirs), so that a later job takes it 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,8 @@ import torch
 from interp.model import Model
 from interp.patching.labels import model_provenance
 from interp.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "interp.cell"
 FORMAT_VERSION = 1
@@ -53,6 +57,34 @@ def read_cell(folder: Path, digest: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
         return None
     return record if whole else None
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keep other jobs out of a folder. The lock is the system's: it goes with the process, however that ends.
+
+    On Windows, and on file systems without locks, nobody is kept out.
+
+    Raises:
+        BlockingIOError: if another job is writing to the folder.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    opened = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "another job is writing to this folder: wait until it is done, or give another one"
+            raise BlockingIOError(errno.EWOULDBLOCK, what, str(out)) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see to it that one job at a time writes to it", out, error)
+        yield
+    finally:
+        os.close(opened)
 
 
 def remove_leftovers(out: Path) -> None:

@@ -4,15 +4,17 @@
    prompts are the positive examples, the corrupted ones the negative.
 2. Train one small sparse autoencoder on the head outputs of a few examples (`code_book`).
 3. Replace each output by the integer of its largest feature: its code. An output with no feature has a code of its own.
-4. A head scores by its codes: how many occur in positive examples only, or what the code tells about the class. A pair
-   of heads scores by the pairs of codes that occur together in positive examples only.
+4. A head scores by its codes: in how many pairs of a clean and a corrupted prompt they differ, how many occur in
+   positive examples only, or what the code tells about the class. A pair of heads scores by the pairs of codes that
+   occur together in positive examples only.
 
-Forward passes only: a few prompts and seconds.
+Forward passes only: a few prompts and seconds. Codes show which heads say something else, not whether anything reads
+it: a head that reacts to the changed words without a part in the behaviour scores as well.
 
-Source: O'Neill & Bui 2024 (arXiv 2405.12522). What is done otherwise: everything is seeded; each node's mean output is
-taken off; outputs are scaled to mean squared norm 1 and the error is summed over d_model, so that the sparsity penalty
-means the same in every model; it is the decoder's directions, one a code, that have norm 1; a step of training takes at
-most `ROWS_A_STEP` outputs.
+Source: O'Neill & Bui 2024 (arXiv 2405.12522). What is done otherwise: heads score by changed codes unless the published
+count of codes is asked for; everything is seeded; each node's mean output is taken off; outputs are scaled to mean
+squared norm 1 and the error is summed over d_model, so that the sparsity penalty means the same in every model; it is
+the decoder's directions, one a code, that have norm 1; a step of training takes at most `ROWS_A_STEP` outputs.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ from interp.tasks import Task
 HEADS, MLPS = "heads", "mlps"
 
 Positions = Literal["mean", "last"]
-Score = Literal["count", "information", "changed"]
+Score = Literal["changed", "count", "information"]
 
 
 def code_scores(
     model: Model,
     task: Task,
     *,
-    score: Score = "count",
+    score: Score = "changed",
     n_train: int = 10,
     n_codes: int = 200,
     steps: int = 300,
@@ -76,9 +78,11 @@ def code_scores(
         task: clean prompts (positive examples) and corrupted ones (negative); all of them are scored. The corrupted
             ones must not show the behaviour: names all different for IOI (`corruption="abc"`), not names swapped,
             which makes examples of the same kind that no code tells from the clean ones.
-        score: "count", as published: the number of codes that only positive examples have. It grows with the number of
-            examples also where there is nothing to find. "information": what the code tells about the class, in nats.
-            "changed": the share of pairs whose two codes differ, which needs no code to occur twice.
+        score: "changed" (ours): the share of pairs whose two codes differ, which needs no code to occur twice. "count",
+            as published: the number of codes that only positive examples have, which grows with the number of examples
+            also where there is nothing to find. "information": what the code tells about the class, in nats. AUC
+            against the heads that matter, "changed" and "count": 0.80-0.93 and 0.73-0.90 on SmolLM2 (10 IOI prompts),
+            0.84 and 0.69 on the wired "duplicate" model (10 prompts, mean of three seeds).
         n_train: examples to train on, one half clean, one half their corrupted counterparts; fewer if the task has
             fewer. More are not better (the paper: best with 5 to 10).
         n_codes: features of the autoencoder.
@@ -100,6 +104,7 @@ def code_scores(
 
     Raises:
         ValueError: for a choice that does not exist or a size out of range.
+        FloatingPointError: if the model's output is NaN or infinite.
     """
     started = time.perf_counter()
     if score not in get_args(Score):
@@ -123,8 +128,10 @@ def code_scores(
     )
     statistic = {"count": unique_counts, "information": code_information, "changed": changed_share}[score]
     values = statistic(codes.positive, codes.negative)
+    if score == "changed":
+        n_permutations = 0
     p_values = np.full(len(values), np.nan)
-    if n_permutations and score != "changed":
+    if n_permutations:
         null = swapped(statistic, codes.positive, codes.negative, n_permutations, seed)
         # Equal up to rounding counts as equal.
         p_values = (1 + (null >= values - 1e-9).sum(0)) / (1 + n_permutations)
@@ -152,7 +159,7 @@ def code_edge_scores(
     """Score of each pair of heads: the number of pairs of codes that occur together in positive examples only.
 
     A pair is scored where the second head is in a later layer; the score does not say by which input it reads. Costs
-    what `code_scores` does and a sort of every example's codes for each head: memory of n_examples × n_heads integers.
+    what `code_scores` does, and a sort of every example's codes for each head: memory of n_examples × n_heads integers.
 
     Args:
         model: as in `code_scores`.
@@ -172,6 +179,7 @@ def code_edge_scores(
 
     Raises:
         ValueError: as `code_scores`.
+        FloatingPointError: as `code_scores`.
     """
     started = time.perf_counter()
     codes = _codes(
@@ -233,7 +241,12 @@ def _codes(
     """Steps 1 to 3: run both kinds of prompts, train, encode."""
     if positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r}; it is one of {', '.join(get_args(Positions))}")
-    for name, value, least in (("n_train", n_train, 2), ("n_codes", n_codes, 1), ("steps", steps, 0)):
+    for name, value, least in (
+        ("n_train", n_train, 2),
+        ("n_codes", n_codes, 1),
+        ("steps", steps, 0),
+        ("sparsity", sparsity, 0),
+    ):
         if value < least:
             raise ValueError(f"{name}={value}; it is {least} or more")
     outputs = [
@@ -287,11 +300,14 @@ class _Outputs:
     def vectors(
         self, kind: str, prompts: Sequence[int] | None, by: _Prepared
     ) -> Iterator[Float[Tensor, "prompt node d_model"]]:
-        """Layer by layer, what the nodes of a kind add to the residual stream, prepared; prompts None: all."""
+        """Layer by layer, what the nodes of a kind add to the residual stream, prepared; prompts None: all.
+
+        Of heads it is z·W_O, before a norm behind attention (Gemma), which heads share.
+        """
         chosen = slice(None) if prompts is None else list(prompts)
         for layer in range(self.model.n_layers):
             if kind == HEADS:
-                W_O = self.model.weights.of_block("W_O", layer).float()
+                W_O = self.model.weights.of_block("W_O", layer).to(self.z)
                 found = torch.einsum("phd,hdm->phm", self.z[chosen, layer], W_O)
             else:
                 found = self.mlps[chosen, layer, None]

@@ -62,7 +62,8 @@ def contextual_node_scores(
         task: clean and corrupted prompts with answers.
         n_iterations: 1: relevance to the logits alone; each further one goes back from the nodes found last. Ends
             early when nothing is before them.
-        percentile: nodes above this percentile of relevance join the circuit (the paper: 90 to 99); at least one does.
+        percentile: nodes above this percentile of relevance join the circuit (the paper: 90 to 99), and those in the
+            first place in any case.
         by_layer: divide relevance by its mean magnitude over the layer, as the paper does.
         ablation: what of a source is not relevant: the activation of the corrupted run, or the mean over prompts and
             positions of the clean runs.
@@ -93,7 +94,8 @@ def contextual_node_scores(
     for step in range(1, n_iterations + 1):
         ranks = percentile_ranks(normalised_by_layer(relevance, layers) if by_layer else relevance)
         best = np.fmax(best, ranks)
-        joined = (ranks > percentile / 100) & (relevance > 0)
+        # Several nodes that share the first place have a lower rank than one that has it alone.
+        joined = ((ranks > percentile / 100) | (ranks == np.nanmax(ranks))) & (relevance > 0)
         iteration[joined & (iteration == 0)] = step
         targets = [name for name, one in zip(graph.writers[1:], joined, strict=True) if one]
         if step == n_iterations or not upstream_of(graph, targets).any():

@@ -55,9 +55,10 @@ def random_control(
         among them, that are at least as near to 1.
 
     Raises:
-        ValueError: for a circuit with positions or without edges.
+        ValueError: for a circuit with positions or without edges, or less than one random circuit.
     """
     _check(circuit)
+    _check_count("n_random", n_random)
     generator = np.random.default_rng(seed)
     draws = [
         greedy_edges(circuit.graph, generator.random(circuit.mask.shape), circuit.n_edges) for _ in range(n_random)
@@ -102,8 +103,14 @@ def completeness(
     Returns:
         Dataset over `subset`: `circuit` and `model`, the faithfulness of each without the set, and `n_nodes` of it;
         attr `incompleteness`: the mean of |circuit − model|.
+
+    Raises:
+        ValueError: as `random_control`; for a share outside 0..1.
     """
     _check(circuit)
+    _check_count("n_subsets", n_subsets)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share}; it is the chance of a node to be in a set, 0..1")
     generator = np.random.default_rng(seed)
     nodes = np.array([name for name in circuit.nodes if name != EMBED])
     sets = [nodes[generator.random(len(nodes)) < share] for _ in range(n_subsets)]
@@ -144,6 +151,9 @@ def minimality(
 
     Returns:
         [node], the nodes of the circuit but the embedding.
+
+    Raises:
+        ValueError: as `random_control`.
     """
     _check(circuit)
     nodes = [name for name in circuit.nodes if name != EMBED]
@@ -170,3 +180,8 @@ def _check(circuit: Circuit) -> None:
         raise ValueError("this is for circuits without positions: give Circuit(graph, scores.sum(0), flat_mask)")
     if not circuit.n_edges:
         raise ValueError("the circuit has no edges")
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value}; it is at least 1")

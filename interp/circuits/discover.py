@@ -151,7 +151,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "codes": Method(
         "node",
-        "codes of head outputs that only clean prompts have",
+        "codes of head outputs that change with the behaviour",
         "two forward passes and a small autoencoder",
         lambda call: call.run(code_scores, "seed", "batch_size", "progress"),
     ),

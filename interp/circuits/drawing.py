@@ -266,7 +266,8 @@ def _title(circuit: Circuit, title: str | None) -> str:
 
 def _subtitle(circuit: Circuit, edges: Sequence[_Edge]) -> str:
     n_edges = len(circuit.edges)
-    drawn = f"the {len(edges)} strongest of {n_edges:,} edges" if len(edges) < n_edges else f"{n_edges} edges"
+    some = f"{n_edges:,} edge{'s' if n_edges > 1 else ''}"
+    drawn = f"the {len(edges)} strongest of {some}" if len(edges) < n_edges else some
     nodes = {name for edge in edges for name in (edge.writer, edge.target) if not _is_shared(name)}
     summed = f", summed over {len(circuit.mask)} positions" if circuit.has_positions else ""
     return (

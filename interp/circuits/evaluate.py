@@ -185,7 +185,7 @@ def evaluate(
     Returns:
         Dataset over [ranking, size]: `faithfulness`, `metric`, `kl` (of the circuit's prediction from the model's,
         nats), `accuracy` and `n_edges`; the same of the circuit's own edges as `circuit_faithfulness` and so on, if it
-        has any; attrs `cpr` and `cmd`.
+        has any; attrs `cpr` and `cmd` (NaN of one size: there is no area).
 
     Raises:
         ValueError: for sizes outside 0..1, or if model and empty circuit have the same metric.
@@ -221,9 +221,11 @@ def evaluate(
 
 
 def areas(faithfulness: xr.DataArray) -> tuple[float, float]:
-    """CPR and CMD of a curve [ranking, size]."""
+    """CPR and CMD of a curve [ranking, size]; NaN of one size."""
     signed, magnitude = (faithfulness.sel(ranking=name) for name in ("signed", "magnitude"))
     size = faithfulness["size"].values
+    if size[0] == size[-1]:
+        return np.nan, np.nan
     return float(np.trapezoid(signed, size)), float(np.trapezoid(abs(1 - magnitude), size))
 
 

@@ -9,7 +9,7 @@ A cell is one method on one task on one model. For each the job
 A job that was killed goes on with the same call: cells that are finished are taken from their files if model, prompts,
 choices and versions are the same, all others are computed. Files hold nothing that differs between two runs on one
 machine (no seconds, no dates), so that a job that was killed and went on leaves the bytes of one that was not. On a GPU
-this holds as far as the model's own passes repeat exactly. One job at a time may write to a folder.
+this holds as far as the model's own passes repeat exactly. One job at a time writes to a folder: another is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from interp.circuits.cell_files import (
     digest_of,
     model_content,
+    only_writer,
     read_cell,
     remove_leftovers,
     replace_text,
@@ -120,11 +121,22 @@ def run_job(
     Raises:
         ValueError: naming the field, for a sweep that cannot be run.
         FileNotFoundError: if the sweep, a task file of it, or the folder around `out` does not exist.
+        BlockingIOError: if another job is writing to `out`.
     """
     plan, folder = sweep if isinstance(sweep, Sweep) else Sweep.of(sweep), Path(out)
     folder.mkdir(exist_ok=True)
-    remove_leftovers(folder)
-    rows: list[dict[str, Any]] = []
+    with only_writer(folder):
+        remove_leftovers(folder)
+        rows = _rows(plan, folder, progress)
+        kinds = dict.fromkeys(MEASURES, "float64") | {"n_edges": "Int64", "n_nodes": "Int64"}  # a failed cell has none
+        frame = pd.DataFrame(rows).astype(kinds)
+        replace_text(frame.drop(columns="seconds").to_csv(index=False, lineterminator="\n"), folder / SUMMARY)
+    return frame
+
+
+def _rows(plan: Sweep, folder: Path, progress: bool | None) -> list[dict[str, Any]]:
+    """The rows of all cells, one model after the other."""
+    rows = []
     with progress_bar(len(plan.cells), "cells", "cell", progress=progress) as bar:
         for source in plan.models:
             loaded = _attempt(partial(_load, source, plan))
@@ -136,10 +148,7 @@ def run_job(
                     names = {"model": model_label(source), "task": task_label(task), "method": method}
                     rows.append(_row(plan, folder, names, loaded, prompts, bar, progress))
             del loaded  # before the next one is
-    kinds = dict.fromkeys(MEASURES, "float64") | {"n_edges": "Int64", "n_nodes": "Int64"}  # a failed cell has none
-    frame = pd.DataFrame(rows).astype(kinds)
-    replace_text(frame.drop(columns="seconds").to_csv(index=False, lineterminator="\n"), folder / SUMMARY)
-    return frame
+    return rows
 
 
 def _row(
@@ -229,7 +238,9 @@ def _compute(model: Model, prompts: _Prompts, plan: Sweep, method: str, progress
     measures: dict[str, float | None] = {
         "n_edges": circuit.n_edges,
         "n_nodes": len(circuit.nodes),
-        **{name: curve.attrs[name] for name in ("cpr", "cmd", "metric_model", "metric_empty")},
+        **{name: curve.attrs[name] for name in ("metric_model", "metric_empty")},
+        # A curve of one size has no area.
+        **{name: None if np.isnan(curve.attrs[name]) else curve.attrs[name] for name in ("cpr", "cmd")},
         # A circuit without edges has none of these.
         **{name: float(curve[f"circuit_{name}"]) if circuit.n_edges else None for name in OWN},
     }

@@ -72,7 +72,7 @@ def subnetwork_probing_scores(
 
     Returns:
         Probabilities over `node`; that of the embedding, which has no gate, is 1. The attr `kl` is the mean divergence
-        with every gate at its median, `n_open` the number of gates above 0.5.
+        with every gate at its median, `n_open` the number of gates at 0.5 or above.
 
     Raises:
         ValueError: for steps, penalty, learning rate or batch size out of range.

@@ -43,18 +43,18 @@ def node_roc(scores: xr.DataArray, known: Collection[str], *, nodes: Sequence[st
 
     Args:
         scores: [node], ranked by magnitude; nodes without a score are left out.
-        known: names of the known nodes.
+        known: names of the known nodes; those that do not count play no part.
         nodes: the nodes that count (heads only, say); all but the embedding by default.
 
     Returns:
         As `edge_roc`, `precision` and `recall` being those of the best n nodes, n the number of known ones.
 
     Raises:
-        ValueError: if a known node is not among them, or all or none of them are known.
+        ValueError: for a name without a place in the scores, or if all or none of the nodes that count are known.
     """
     names = [str(name) for name in scores["node"].values]
     counted = [name for name in (nodes if nodes is not None else names) if name != "embed"]
-    unknown = set(known) - set(names)
+    unknown = {*known, *counted} - set(names)
     if unknown:
         raise ValueError(f"{min(unknown)!r} is not a node of these scores")
     values = np.abs(scores.sel(node=counted).values.astype(float))

@@ -140,8 +140,15 @@ class Sweep:
             raise ValueError(f"threshold={self.threshold}; it is greater than 0")
         if self.metric is not None:
             metric_named(self.metric)
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r}; there are float32, bfloat16, float16")
+        if self.dtype is not None:
+            known = getattr(torch, self.dtype, None)
+            if not isinstance(known, torch.dtype) or not known.is_floating_point:
+                raise ValueError(f"dtype={self.dtype!r}; there are float32, bfloat16, float16")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device={self.device!r}; it is cpu, cuda, cuda:1 or the like") from None
 
     @property
     def cells(self) -> list[tuple[str, str, str]]:

@@ -79,6 +79,7 @@ def discover(
         interp discover --task my_pairs.jsonl --method acdc --threshold 0.02 --out circuit.json
     """
     from interp.circuits import discover as find
+    from interp.circuits.acdc import KL
     from interp.circuits.discover import method_named
     from interp.report.circuit_files import check_circuit_target, write_circuit
 
@@ -87,6 +88,8 @@ def discover(
     method_named(method)
     check_among("--selection", selection, ("top", "greedy"))
     check_among("--direction", direction, ("noise", "denoise"))
+    if metric != KL:  # which acdc knows beside the metrics of tasks
+        check_metric(metric)
     loaded, prompts = load_model_and_task(model, task, n, seed, device, dtype)
     started = time.perf_counter()
     circuit = find(
@@ -151,6 +154,7 @@ def evaluate(
     if out is not None:
         check_curve_target(out)
     check_among("--ablation", ablation, ABLATIONS)
+    check_metric(metric)
     found = load(circuit)
     asked = task or str(found.attrs.get("task", ""))
     if not asked:
@@ -269,6 +273,18 @@ def check_among(option: str, value: str, among: Sequence[str]) -> None:
     """
     if value not in among:
         raise ValueError(f"{option} {value!r}: it is one of {', '.join(among)}")
+
+
+def check_metric(name: str | None) -> None:
+    """Refuse a metric that there is not, before a model is loaded.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    from interp.metrics import metric_named
+
+    if name is not None:
+        metric_named(name)
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:

@@ -161,7 +161,11 @@ class _Work:
         return _renamed("direct", found)
 
     def patterns(self) -> Columns:
-        tokens = planted_tokens(self.model, seed=self.seed)
+        try:
+            tokens = planted_tokens(self.model, seed=self.seed)
+        except ValueError as reason:  # a small model of few words
+            self.unavailable["pattern scores"] = str(reason)
+            return {}
         scores = pattern_scores(self.model, tokens, batch_size=self.batch_size, progress=self.progress)
         return {name: scores[name].values for name in SCORES}
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import interp
+from interp import zoo
 from interp.circuits import codes as codes_module
+from interp.circuits import discover, node_roc
 from interp.circuits.code_book import CodeBook, code_book
 from interp.circuits.code_statistics import (
     changed_share,
@@ -116,6 +118,12 @@ def test_training_lowers_the_loss_and_is_seeded():
     assert not torch.equal(code_book(vectors, 10, seed=4, progress=False).encoder, book.encoder)
 
 
+def test_the_penalty_makes_features_few():
+    vectors, _ = planted()
+    free, dear = (code_book(vectors, 10, sparsity=one, progress=False).features(vectors) for one in (0.0, 1.0))
+    assert float(dear.sum(1).mean()) < 0.7 * float(free.sum(1).mean())
+
+
 def test_nothing_is_a_code_of_its_own():
     book = CodeBook(torch.eye(3), torch.full((3,), -0.5), torch.eye(3), torch.zeros(3))
     assert book.codes(torch.tensor([[1.0, 0, 0.7], [0, 0, 0.6], [0.4, 0.4, 0.5]])).tolist() == [0, 2, 3]
@@ -136,6 +144,36 @@ def test_vectors_are_head_results_and_mlp_outputs(positions, clean):
             expected = cache[site, layer]
             expected = expected.mean(1) if positions == "mean" else expected[:, -1]
             torch.testing.assert_close(found, expected if kind == "heads" else expected[:, None], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["heads", "mlps"])
+def test_training_vectors_have_mean_squared_norm_1_and_mean_0_if_centred(kind):
+    model, task, chosen = tiny("gpt2"), pairs_of_tokens(6), [4, 1, 2]
+    outputs = [
+        codes_module._run(model, task, clean=clean, positions="mean", mlps=True, batch_size=None)
+        for clean in (True, False)
+    ]
+    for centred in (True, False):
+        by = codes_module._prepare(kind, outputs, chosen, centred)
+        layers = [torch.cat(both) for both in zip(*(one.vectors(kind, chosen, by) for one in outputs), strict=True)]
+        vectors = torch.stack(layers, dim=1)  # [example, layer, node, d_model]
+        assert vectors.shape[0] == 2 * len(chosen)
+        assert float(vectors.square().sum(-1).mean()) == pytest.approx(1, rel=1e-4)
+        assert (float(vectors.mean(0).abs().max()) < 1e-5) == centred
+
+
+def test_codes_are_trained_on_as_many_examples_as_asked_for(monkeypatch):
+    model, task, trained_on = tiny(), pairs_of_tokens(8), []
+
+    def recorded(vectors, *args, **kwargs):
+        trained_on.append(len(vectors))
+        return code_book(vectors, *args, **kwargs)
+
+    monkeypatch.setattr(codes_module, "code_book", recorded)
+    for n_train in (4, 100):
+        found = code_scores(model, task, n_train=n_train, steps=2, n_codes=4, progress=False)
+        assert found.attrs["n_train"] == min(n_train, 16)
+    assert trained_on == [4 * 12, 16 * 12]  # of 12 heads each
 
 
 def test_a_head_that_says_the_same_in_both_runs_scores_nothing(monkeypatch):
@@ -165,12 +203,16 @@ def test_a_head_that_says_the_same_in_both_runs_scores_nothing(monkeypatch):
     assert float(information.sel(node="L1H1")) == pytest.approx(math.log(2))
     assert float(information.max()) == pytest.approx(math.log(2))
     assert float(information["p_value"].sel(node="L1H1")) < 0.05
+    # Of 200 swaps and the actual one, which counts as one of them.
+    shares = information["p_value"].dropna("node").values * 201
+    np.testing.assert_allclose(shares, shares.round(), atol=1e-9)
+    assert shares.min() >= 1
     assert float(count.sel(node="L1H1")) >= 1
     assert float(count.sel(node="L2H3")) == float(information.sel(node="L2H3")) == 0
     assert float(information["p_value"].sel(node="L2H3")) == 1
 
 
-@pytest.mark.parametrize("score", ["count", "information", "changed"])
+@pytest.mark.parametrize("score", ["changed", "count", "information"])
 @pytest.mark.parametrize("options", [{}, {"mlps": True, "positions": "last", "centred": False}])
 def test_result(score, options):
     model, task = tiny(), pairs_of_tokens(4)
@@ -187,6 +229,21 @@ def test_result(score, options):
     assert found.attrs["n_train"] == found.attrs["n_scored"] == 8
     assert {"model", "task", "method", "metric", "direction", "seconds"} <= set(found.attrs)
     assert bool(np.isnan(found["p_value"]).all()) == (score == "changed")
+    assert found.attrs["n_permutations"] == (0 if score == "changed" else 200)
+
+
+def test_changed_codes_are_the_default_and_find_more_than_the_published_count():
+    model, known = zoo.load("duplicate"), ("L0H1", "L1H2", "L2H0")
+    aucs = {"changed": 0.0, "count": 0.0}
+    for seed in range(3):
+        task = zoo.task("duplicate", n=10, seed=seed)
+        for score in aucs:
+            found = code_scores(model, task, score=score, seed=seed, n_permutations=0, progress=False)
+            aucs[score] += node_roc(found, known)["auroc"] / 3
+    assert aucs["changed"] > 0.75
+    assert aucs["changed"] > aucs["count"] + 0.05
+    circuit = discover(model, task, "codes", nodes=3)
+    assert circuit.attrs["score"] == "changed"
 
 
 def test_edges_are_pairs_of_the_same_codes():
@@ -198,7 +255,8 @@ def test_edges_are_pairs_of_the_same_codes():
     layers = np.repeat(range(3), 4)
     np.testing.assert_array_equal(np.isnan(found.values), layers[:, None] >= layers)
     # A code that positive examples alone have makes a pair with every later head in each of its examples.
-    nodes = code_scores(model, task, steps=20, n_codes=16, progress=False).sel(node=found["writer"].values).values
+    nodes = code_scores(model, task, score="count", steps=20, n_codes=16, progress=False)
+    nodes = nodes.sel(node=found["writer"].values).values
     assert (found.values[:4, 4:] >= nodes[:4, None]).all()
 
 
@@ -209,6 +267,7 @@ def test_edges_are_pairs_of_the_same_codes():
         ({"positions": "first"}, "positions='first'"),
         ({"n_train": 1}, "n_train=1; it is 2 or more"),
         ({"n_codes": 0}, "n_codes=0"),
+        ({"sparsity": -0.1}, "sparsity=-0.1; it is 0 or more"),
         ({"n_permutations": -1}, "n_permutations=-1"),
     ],
 )

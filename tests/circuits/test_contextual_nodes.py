@@ -16,6 +16,7 @@ from interp.circuits.contextual_nodes import (
     upstream_of,
 )
 from interp.circuits.graph import Graph
+from interp.circuits.node_scores import node_array
 from interp.patching import contextual_patching
 from interp.patching.contextual import Node, contextual_decomposition
 from interp.patching.edges import Writer
@@ -127,6 +128,30 @@ def test_growth_ends_when_nothing_is_before_the_targets():
     model, task = interp.load(family.make_model("eager")), pairs_of_tokens()
     found = contextual_node_scores(model, task, n_iterations=5, percentile=0.0, progress=False)
     assert int(found["iteration"].max()) == 1
+
+
+def test_nodes_that_share_the_first_place_join(monkeypatch):
+    """None of three equals has a rank above the 95th percentile of 15 nodes."""
+    model, task = tiny("gpt2"), pairs_of_tokens()
+    names = Graph.of(model).writers
+    effects = dict.fromkeys(names[1:], 0.1) | {"L0H2": -0.5, "L2H1": 0.5, "mlp2": 0.5}
+    monkeypatch.setattr(module, "_effects", lambda *_: node_array(names, effects, {}))
+    found = contextual_node_scores(model, task, n_iterations=1, by_layer=False, progress=False)
+    assert found["node"].values[found["iteration"].values == 1].tolist() == ["L0H2", "L2H1", "mlp2"]
+
+
+def test_by_layer_a_node_is_held_against_its_own_layer(monkeypatch):
+    model, task = tiny("gpt2"), pairs_of_tokens()
+    names = Graph.of(model).writers
+    # All of layer 0 is strong; in layer 2 one node is far above the others.
+    effects = {name: 9.0 if name[1] == "0" or name == "mlp0" else 0.01 for name in names[1:]} | {
+        "L0H0": 10.0,
+        "L2H3": 1.0,
+    }
+    monkeypatch.setattr(module, "_effects", lambda *_: node_array(names, effects, {}))
+    for by_layer, expected in ((True, "L2H3"), (False, "L0H0")):
+        found = contextual_node_scores(model, task, n_iterations=1, by_layer=by_layer, progress=False)
+        assert found["node"].values[found["iteration"].values == 1].tolist() == [expected]
 
 
 def test_upstream_of_parallel_and_sequential_blocks():

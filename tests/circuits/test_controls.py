@@ -66,6 +66,21 @@ def test_minimality_is_what_each_node_adds(found):
         assert float(result.sel(node=name)) == pytest.approx(own - without, abs=1e-9)
 
 
+def test_controls_refuse_before_any_run(found, monkeypatch):
+    model, circuit = found
+    monkeypatch.setattr(model, "_forward", None)
+    for control, choices, message in (
+        (random_control, {"n_random": 0}, "n_random=0; it is at least 1"),
+        (completeness, {"n_subsets": 0}, "n_subsets=0; it is at least 1"),
+        (completeness, {"share": 1.5}, "share=1.5; it is the chance of a node"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            control(model, TASK, circuit, **choices)
+    for control in (random_control, completeness, minimality):
+        with pytest.raises(ValueError, match="the circuit has no edges"):
+            control(model, TASK, circuit.select(edges=0))
+
+
 def test_roc_by_hand():
     graph = Graph(1, 2, 2, False)
     pairs = [("embed", "L0H0.v"), ("L0H0", "logits"), ("embed", "mlp0")]
@@ -81,6 +96,9 @@ def test_roc_by_hand():
     assert wrong["precision"] == wrong["recall"] == 0.5
     signed = edge_roc(circuit, pairs[:2], signed=True)
     assert signed["auroc"] == pytest.approx(n_others / (2 * n_others))
+    unscored = circuit.scores.copy()
+    unscored[graph.edge(*pairs[0])] = np.nan  # ranks last, also behind edges of score 0
+    assert edge_roc(Circuit(graph, unscored, circuit.mask.copy()), pairs[:1])["auroc"] == 0
     with pytest.raises(ValueError, match="no edge"):
         edge_roc(circuit, [("mlp0", "L0H0.q")])
     with pytest.raises(ValueError, match="all or none"):
@@ -94,6 +112,8 @@ def test_node_roc_by_hand():
     assert node_roc(scores, ["L0H0", "L0H1"])["precision"] == 0.5
     with pytest.raises(ValueError, match="'L9H9' is not a node"):
         node_roc(scores, ["L9H9"])
+    with pytest.raises(ValueError, match="'L9H9' is not a node"):
+        node_roc(scores, ["L0H0"], nodes=["L0H0", "L9H9"])
 
 
 def test_the_graph_of_nodes_has_the_edges_between_them():

@@ -125,6 +125,11 @@ def test_of_many_edges_the_strongest_are_drawn_and_the_subtitle_says_so():
     assert len(figure.to_json()) < 1_000_000
 
 
+def test_a_single_edge_is_one_edge():
+    figure = draw(circuit_of(Graph(1, 1, 1, False), {("embed", "logits"): 1.0}))
+    assert figure.layout.title.subtitle.text.startswith("1 edge, 2 nodes;")
+
+
 def test_the_same_circuit_gives_the_same_picture():
     circuit = random_circuit(Graph(6, 4, 2, False), 40)
     assert draw(circuit).to_json() == draw(circuit).to_json()

@@ -122,6 +122,14 @@ def test_a_toml_file_says_the_same_as_a_mapping(sweep, finished, tmp_path):
     assert len(Sweep.of(sweep).cells) == 2
 
 
+def test_a_curve_of_one_size_has_no_area(sweep, tmp_path):
+    for _ in range(2):  # computed, then read
+        rows = run_job({**sweep, "methods": ["eap"], "sizes": [0.5]}, tmp_path / "out")
+        assert rows[["cpr", "cmd"]].isna().all(axis=None)
+        assert rows["error"].tolist() == [""]
+        assert rows["faithfulness"].notna().all()
+
+
 def test_prompts_are_those_of_discovery_if_none_are_asked_for(sweep, finished, tmp_path):
     one = run_job({**sweep, "methods": ["eap"], "n": 5, "n_evaluation": 0}, tmp_path / "out")
     circuit = load(tmp_path / "out" / "llama" / "stores" / "eap" / "circuit.json")
@@ -260,6 +268,8 @@ def test_a_model_that_is_gone_leaves_its_cells(sweep, finished, tmp_path):
         ({"selection": "best"}, "one of top, greedy"),
         ({"metric": "loss"}, "loss"),
         ({"dtype": "float33"}, "float33"),
+        ({"dtype": "int8"}, "dtype='int8'; there are float32"),
+        ({"device": "gpu"}, "device='gpu'; it is cpu, cuda"),
         ({"threshold": -1}, "threshold=-1"),
         ({"edgs": 3}, "'edgs' is not a field of a sweep; did you mean 'edges'"),
     ],
@@ -281,6 +291,17 @@ def test_missing_and_damaged_files_are_named(sweep, tmp_path):
         run_job(tmp_path / "sweep.toml", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run_job(sweep, tmp_path / "nowhere" / "out")
+
+
+def test_a_second_job_at_the_same_time_is_refused(sweep, finished, tmp_path):
+    out = copied(finished[0], tmp_path)
+    writing = out / "llama" / "stores" / ".secant.part"
+    writing.mkdir()
+    with cell_files.only_writer(out), pytest.raises(BlockingIOError, match="another job is writing to this folder"):
+        run_job(sweep, out)
+    assert writing.exists()  # what the first one is at stays
+    run_job(sweep, out)
+    assert bytes_of(out) == bytes_of(finished[0])
 
 
 # Killed

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import interp
+from interp.circuits import learned_masks
 from interp.circuits.edge_scores import attribution_edge_scores
 from interp.circuits.evaluate import measured
 from interp.circuits.graph import Graph
@@ -94,6 +95,13 @@ def test_a_pruned_circuit_of_a_model_where_everything_matters():
     assert best < 0.8 * estimated
     assert best < 0.6 * min(random)
     assert learned == pytest.approx(scores.attrs["kl"], rel=0.2)
+
+
+def test_the_multiplier_alone_brings_edges_to_close(one_head, monkeypatch):
+    """Without the squared miss, what closes gates is the multiplier, which grows while too few are closed."""
+    monkeypatch.setattr(learned_masks, "FIRMNESS", 0.0)
+    scores = edge_pruning_scores(one_head, pairs_of_tokens(8), sparsity=0.9, steps=60, learning_rate=0.2)
+    assert float(scores.mean()) < 0.5
 
 
 @pytest.mark.parametrize("method", [subnetwork_probing_scores, edge_pruning_scores])
