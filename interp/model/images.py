@@ -117,7 +117,7 @@ class ImageBook:
         rows, columns = (size // vision.patch_size for size in inputs["pixel_values"].shape[-2:])
         return (rows, columns) if rows * columns == n_tokens else None
 
-    def mask(self, tokens: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch pos"]:
+    def mask(self, tokens: Int[Tensor, "*axes"]) -> Bool[Tensor, "*axes"]:
         """Which positions are pieces of an image."""
         return tokens >= FIRST_ID
 

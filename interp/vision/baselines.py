@@ -206,7 +206,7 @@ def vision_norm_grad(
 def token_norm_grad(
     model: Model,
     tokens: Int[Tensor, "prompt pos"],
-    labels: Int[Tensor, " prompt"] | None = None,
+    labels: Int[Tensor, " _"] | None = None,
     *,
     batch_size: int | None = None,
     progress: bool | None = None,

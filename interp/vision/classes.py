@@ -37,7 +37,7 @@ def class_logits(model: Model, output: Tensor, classifier: Classifier | None) ->
 
 def batch_labels(
     batches: list[dict[str, Any]], labels: Int[Tensor, " image"] | None
-) -> list[Int[Tensor, " image"] | None]:
+) -> list[Int[Tensor, " _"] | None]:
     """The labels of each batch.
 
     Raises:

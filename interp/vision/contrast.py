@@ -26,7 +26,7 @@ SMOOTHING = 0.1
 def contrast_map(
     model: Model,
     question: Int[Tensor, "*one pos"],
-    generic: Int[Tensor, "*one pos"],
+    generic: Int[Tensor, "*other generic_pos"],
     *,
     layers: Sequence[int] | None = None,
     steps: int = 1,
@@ -151,8 +151,8 @@ def salient_regions(values: xr.DataArray, *, share: float = 0.4, k: int = 2) -> 
 
 def _layers(model: Model, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
-        first, last = round(model.n_layers * 20 / 32), round(model.n_layers * 25 / 32)
-        return list(range(first, max(first, last) + 1))
+        first, last = (min(round(model.n_layers * share / 32), model.n_layers - 1) for share in (20, 25))
+        return list(range(first, last + 1))
     outside = [layer for layer in layers if not 0 <= layer < model.n_layers]
     if outside or not layers:
         raise ValueError(f"layers={list(layers)}: give some of layers 0..{model.n_layers - 1}")

@@ -116,6 +116,6 @@ def test_what_cannot_be_contrasted_is_said() -> None:
     with pytest.raises(ValueError, match="more than 0"):
         vision.contrast_map(model, asked, told, smoothing=0.0)
     with pytest.raises(ValueError, match="share=0"):
-        vision.salient_regions(a_map([[1, 2]]), share=0)
+        vision.salient_regions(a_map([[1, 2]]), share=0.0)
     with pytest.raises(ValueError, match="without NaN"):
         vision.salient_regions(a_map([[1, np.nan]]))
