@@ -122,18 +122,6 @@ def digits_model() -> Any:
     )
 
 
-def processor(tokenizer: Any) -> Any:
-    """Pixels from -1 to 1 as they are, and a place for each of the 25 patches."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    half = [0.5, 0.5, 0.5]
-    pixels = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half)
-    return LlavaProcessor(
-        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-
-
 def pixel_values(drawn: Sequence[Drawn]) -> NDArray[np.float32]:
     """What the processor makes of pictures, [picture, 3, 40, 40], without the way through PIL."""
     grey = np.stack([one.pixels for one in drawn]).astype(np.float32) / 255

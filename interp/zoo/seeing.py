@@ -26,7 +26,19 @@ def load_seeing(name: str) -> Model:
     with torch.random.fork_rng(devices=[]):  # architectures draw weights that are overwritten at once
         hf = wired_vision.colours_model() if name == "colours" else with_weights(digits.digits_model(), name)
     tokenizer = word_tokenizer(maker.WORDS, whole=(maker.IMAGE_WORD,))
-    return Model(hf.eval(), tokenizer, processor=maker.processor(tokenizer), name=f"zoo:{name}")
+    return Model(hf.eval(), tokenizer, processor=_processor(tokenizer, maker.PATCH), name=f"zoo:{name}")
+
+
+def _processor(tokenizer: Any, patch: int) -> Any:
+    """Pixels from -1 to 1 as they are, and a place for each patch."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    half = [0.5, 0.5, 0.5]
+    pixels = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half)
+    return LlavaProcessor(
+        pixels, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
 
 
 def picture_task(model: Model, n: int = 32, seed: int = 0) -> Task:

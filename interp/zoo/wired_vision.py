@@ -184,15 +184,3 @@ def _wire(block: Block) -> None:
     block.q[mixed][PART["asked"], _IMAGE] = _REST
     block.k[mixed // 2][PART["is image"], _IMAGE] = 1.0
     block.v[mixed // 2][colour, :3] = block.o[mixed][:3, answer] = 0.3 * torch.eye(3)
-
-
-def processor(tokenizer: Any) -> Any:
-    """Pixels from -1 to 1 as they are, and a place for each of the nine patches."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    half = [0.5, 0.5, 0.5]
-    pixels = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half)
-    return LlavaProcessor(
-        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
