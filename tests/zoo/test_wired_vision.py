@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import interp
-from interp import Edit
+from interp import Edit, sinks
 from interp.heads import divergence, reinforced, reinforced_heads
 from interp.heads.divergence import outlier_heads
 from interp.vision import without_images
@@ -93,3 +93,23 @@ def test_bad_pictures_and_models_are_refused(model):
         interp.zoo.picture_task(interp.zoo.load("induction"))
     with pytest.raises(ValueError, match=r"picture_task\(model\) shows it the pictures"):
         interp.zoo.task("colours")
+
+
+def test_calibration_finds_the_planted_dimension(model, task):
+    assert sinks.sink_dimensions(model, task.clean, min_sequences=len(task)).values.tolist() == [SINK_DIMENSION]
+
+
+def test_redistribution_edits_the_mixed_head_alone(model, task):
+    """Of the heads that look at the picture, it is the only one with attention on the sinks."""
+    site = "blocks.1.attn.hook_pattern"
+    _, before = model.run_with_cache(task.clean, site)
+    with sinks.redistributed(model, model.images.mask(task.clean), [SINK_DIMENSION], layers=[1]):
+        _, after = model.run_with_cache(task.clean, site)
+    moved = (after[site] - before[site])[:, :, -1].abs().amax((0, 2))
+    assert (moved > 0.01).nonzero().flatten().tolist() == [MIXED_HEAD[1]]
+    is_sink = torch.zeros(12, dtype=torch.bool)
+    is_sink[[0, 1 + wired_vision.SINK_CELL]] = True
+    mixed = [cache[site][:, MIXED_HEAD[1], -1] for cache in (before, after)]
+    torch.testing.assert_close(mixed[1][:, is_sink], 0.4 * mixed[0][:, is_sink], atol=1e-6, rtol=0)
+    torch.testing.assert_close(mixed[1].sum(-1), mixed[0].sum(-1), atol=1e-6, rtol=0)
+    assert torch.equal(mixed[1][:, -2:], mixed[0][:, -2:])  # text receives nothing
