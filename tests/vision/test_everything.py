@@ -52,6 +52,33 @@ READINGS = {
     )["gain"],
 }
 
+METHODS = {
+    "activation_patching": lambda model, task: interp.patching.activation_patching(
+        model, task, site="resid_pre", progress=False
+    ),
+    "relevance_patching": lambda model, task: interp.patching.relevance_patching(
+        model, task, site="z", by=("layer", "head"), verify=2, progress=False
+    ),
+    "secant_patching": lambda model, task: interp.patching.secant_patching(
+        model, task, site="vision.z", by=("layer", "head"), batch_size=1, progress=False
+    ),
+    "path_patching": lambda model, task: interp.patching.path_patching(model, task, readers="logits", progress=False),
+    "leave_one_out": lambda model, task: heads.leave_one_out(model, task, progress=False)["effect"],
+    "direct_logit_attribution": lambda model, task: heads.direct_logit_attribution(model, task)["effect"],
+    "discover": lambda model, task: interp.circuits.discover(model, task, "eap", edges=30, progress=False).scores,
+    "acdc": lambda model, task: interp.circuits.discover(model, task, "acdc", progress=False).scores,
+    "evaluate": lambda model, task: interp.circuits.evaluate(
+        model, task, interp.circuits.discover(model, task, "secant", edges=30, progress=False), progress=False
+    )["faithfulness"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parts_one_to_three_run_between_pictures(seeing, name):
+    model, _ = seeing
+    found = np.asarray(METHODS[name](model, task_of(model)), dtype=float)
+    assert bool(np.isfinite(found).any())
+
 
 @pytest.mark.parametrize("name", READINGS)
 def test_it_reads_prompts_with_an_image(seeing, name):
