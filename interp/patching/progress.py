@@ -17,7 +17,7 @@ def progress_bar(total: int, description: str, unit: str, *, progress: bool | No
         progress: whether to show it; None: in a terminal or notebook only.
     """
     shown = (sys.stderr.isatty() or in_notebook()) if progress is None else progress
-    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=not shown)
+    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=not shown or total == 0)
 
 
 def in_notebook() -> bool:

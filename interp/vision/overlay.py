@@ -10,11 +10,18 @@ import xarray as xr
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-OPACITY = 0.65
+SIGNED_FROM = 0.01
+"""Negative values below this share of the largest are rounding, not a direction."""
 
 
 def draw_over_image(
-    values: xr.DataArray, picture: Any, *, title: str = "", panel_titles: list[str] | None = None, columns: int = 4
+    values: xr.DataArray,
+    picture: Any,
+    *,
+    title: str = "",
+    panel_titles: list[str] | None = None,
+    columns: int = 4,
+    opacity: float = 0.65,
 ) -> go.Figure:
     """One panel a map, each over the picture.
 
@@ -25,6 +32,7 @@ def draw_over_image(
         title: over the figure.
         panel_titles: one a panel; by default the panels' coordinate.
         columns: panels side by side.
+        opacity: of the map; 0 shows the picture alone.
 
     Returns:
         The figure; hovering shows row, column and value.
@@ -42,7 +50,7 @@ def draw_over_image(
     pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
     height, width = pixels.shape[:2]
     strongest = float(np.nanmax(np.abs(panels.values)))
-    signed = bool((panels.values < 0).any())
+    signed = bool((panels.values < -SIGNED_FROM * strongest).any())
     cells = np.stack(np.meshgrid(*(range(size) for size in panels.shape[1:]), indexing="ij"), -1)
     for number, panel in enumerate(panels):
         where = {"row": number // n_columns + 1, "col": number % n_columns + 1}
@@ -55,7 +63,7 @@ def draw_over_image(
                 customdata=cells,
                 hovertemplate="row %{customdata[0]}, column %{customdata[1]}<br>%{z:.3f}<extra></extra>",
                 coloraxis="coloraxis",
-                opacity=OPACITY,
+                opacity=opacity,
             ),
             **where,
         )
