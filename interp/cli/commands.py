@@ -37,6 +37,7 @@ def report(
     circuit: Annotated[
         str | None, typer.Option(help="Find and show a circuit: a method (interp circuits methods), or a .json file.")
     ] = None,
+    sinks: Annotated[bool, typer.Option("--sinks", help="Look at attention sinks too (half a minute).")] = False,
     format: Annotated[
         str | None, typer.Option(help="html, csv (a row a head), json or nc. By default what --out ends in.")
     ] = None,
@@ -55,16 +56,21 @@ def report(
 
         interp report --model smollm2-135m --task ioi --circuit eap-ig --out ioi.html
 
+        interp report --model smollm2-135m --task ioi --sinks --out ioi.html
+
         interp report --model gpt2 --task greater_than --out years.nc --device cuda
 
         interp report --task my_pairs.jsonl --n-interventions 4 --n-maps 2 --out quick.html
     """
     from interp.report import heads as write_report
+    from interp.report.circuit_section import check_circuit
     from interp.report.head_report import check_format
     from interp.report.writing import check_target
 
     check_target(out)
     chosen = check_format(format or out.suffix.removeprefix("."))
+    if circuit is not None:
+        check_circuit(circuit)
     loaded, prompts = load_model_and_task(model, task, n, seed, device, dtype)
     started = time.perf_counter()
     write_report(
@@ -76,6 +82,7 @@ def report(
         n_maps=n_maps,
         seed=seed,
         circuit=circuit,
+        sinks=sinks,
         command=command_line(),
         progress=progress,
     )
@@ -87,8 +94,17 @@ def heads(
     model: ModelOption = MODEL,
     task: TaskOption = "ioi",
     n: Annotated[int, typer.Option(help="Prompt pairs.")] = 8,
-    top: Annotated[int, typer.Option(help="Rows to show, by resample ablation; 0 for all.")] = 20,
+    top: Annotated[int, typer.Option(help="Rows to show, by resample ablation or divergence; 0 for all.")] = 20,
     seed: SeedOption = 0,
+    divergence: Annotated[
+        bool, typer.Option("--divergence", help="Instead: how far outputs move when a segment of a prompt is removed.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="A prompt, for --divergence.")] = None,
+    segment: Annotated[str | None, typer.Option(help="What to remove from it; it must occur once.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Many, instead: a .jsonl or .csv file with fields prompt and segment.")
+    ] = None,
+    distance: Annotated[str, typer.Option(help="Of --divergence: l2, cosine, relative or whitened.")] = "l2",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all rows to this .csv file instead.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -101,15 +117,26 @@ def heads(
         interp heads --model smollm2-135m --task ioi
 
         interp heads --model gpt2 --task induction --n 16 --out heads.csv
+
+        interp heads --divergence --prompt "Anna lives in Rome. Anna's city is" --segment "Anna lives in Rome. "
+
+        interp heads --divergence --prompts contexts.jsonl --distance relative --out divergence.csv
     """
+    from interp.cli.divergence_command import read_pairs, show_divergence
     from interp.heads import table
     from interp.report.writing import check_target, write_text
 
+    if divergence:
+        pairs = read_pairs(prompt, segment, prompts)
+        show_divergence(model, pairs=pairs, distance=distance, top=top, out=out, device=device, dtype=dtype)
+        return
+    if (prompt, segment, prompts) != (None, None, None):
+        raise ValueError("--prompt, --segment and --prompts are for --divergence: add it")
     if out is not None and check_target(out).suffix != ".csv":
         raise ValueError(f"{str(out)!r} must end in .csv")
-    loaded, prompts = load_model_and_task(model, task, n, seed, device, dtype)
+    loaded, pairs_of_task = load_model_and_task(model, task, n, seed, device, dtype)
     started = time.perf_counter()
-    frame = table(loaded, prompts, seed=seed, progress=progress)
+    frame = table(loaded, pairs_of_task, seed=seed, progress=progress)
     if out is None:
         order = frame["importance_resample"].abs().sort_values(ascending=False).index
         show_frame(frame.loc[order[: top or None]].reset_index(), f"heads of {loaded.name} on {task}, n = {n} prompts")

@@ -56,7 +56,12 @@ def layer_head_heatmap(
         signed: red-white-blue around 0, or a sequential scale from 0.
         low: lower end of each value's interval, shown on hover.
         high: upper end.
+
+    Raises:
+        ValueError: for an array with other axes.
     """
+    if values.dims not in (("layer", "head"), ("layer", "kv_head")):
+        raise ValueError(f"one cell a head wants axes (layer, head); got {values.dims}: ask for by=('layer', 'head')")
     head_dim = str(values.dims[1])
     prefix = "KV" if head_dim == "kv_head" else "H"
     text = [
@@ -67,20 +72,27 @@ def layer_head_heatmap(
     name = "key/value head" if head_dim == "kv_head" else "head"
     figure.update_xaxes(title_text=name, dtick=1 if values.shape[1] <= 16 else None)
     _layers_on_y(figure, values.shape[0])
-    _finish(figure, title, height=_layer_height(values.shape[0]))
+    finish(figure, title, height=_layer_height(values.shape[0]))
     _unit_beside_colours(figure, unit)
     return figure
 
 
 def layer_position_heatmap(
-    values: xr.DataArray, *, title: str, unit: str, low: xr.DataArray | None = None, high: xr.DataArray | None = None
+    values: xr.DataArray,
+    *,
+    title: str,
+    unit: str,
+    signed: bool = True,
+    low: xr.DataArray | None = None,
+    high: xr.DataArray | None = None,
 ) -> go.Figure:
     """One cell a layer and position, labelled by the `label` coordinate (what all prompts share) or else by `token`.
 
     Args:
-        values: [layer, position], signed.
+        values: [layer, position].
         title: what the figure shows, as a sentence.
         unit: what a value is measured in.
+        signed: red-white-blue around 0, or a sequential scale from 0.
         low: lower end of each value's interval, shown on hover.
         high: upper end.
     """
@@ -89,10 +101,10 @@ def layer_position_heatmap(
         [_hover(f"layer {layer}, {label}", values, low, high, layer, column) for column, label in enumerate(labels)]
         for layer in range(values.shape[0])
     ]
-    figure = go.Figure(_heatmap(values.values, True, text=text))
+    figure = go.Figure(_heatmap(values.values, signed, text=text))
     _tokens_on(figure.layout.xaxis, labels, "token")
     _layers_on_y(figure, values.shape[0])
-    _finish(figure, title, height=_layer_height(values.shape[0]) + 40)
+    finish(figure, title, height=_layer_height(values.shape[0]) + 40)
     _unit_beside_colours(figure, unit)
     return figure
 
@@ -119,7 +131,7 @@ def attention_pattern(pattern: xr.DataArray, *, title: str) -> go.Figure:
     _tokens_on(figure.layout.xaxis, keys, "key")
     _tokens_on(figure.layout.yaxis, queries, "query")
     figure.update_yaxes(autorange="reversed", tickangle=0)
-    return _finish(figure, title, height=360).update_layout(plot_bgcolor=MASKED)
+    return finish(figure, title, height=360).update_layout(plot_bgcolor=MASKED)
 
 
 def line_over_depth(
@@ -149,7 +161,7 @@ def line_over_depth(
     figure.add_hline(y=0, line_color=GREY, line_width=1)
     figure.update_xaxes(title_text="blocks passed (half: after attention)")
     figure.update_yaxes(title_text=unit)
-    return _finish(figure, title, height=340)
+    return finish(figure, title, height=340)
 
 
 def layer_lines(values: xr.DataArray, *, title: str, unit: str) -> go.Figure:
@@ -170,10 +182,10 @@ def layer_lines(values: xr.DataArray, *, title: str, unit: str) -> go.Figure:
         )
         figure.add_trace(line)
     figure.add_hline(y=0, line_color=GREY, line_width=1)
-    figure.update_xaxes(title_text="layer")
+    figure.update_xaxes(title_text="layer", dtick=1 if values.sizes["layer"] <= 12 else 5)
     figure.update_yaxes(title_text=unit)
     figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
-    return _finish(figure, title, height=340)
+    return finish(figure, title, height=340)
 
 
 def effect_scatter(
@@ -213,7 +225,7 @@ def effect_scatter(
     figure.update_layout(showlegend=False)
     figure.update_xaxes(title_text=x_title, zeroline=True, zerolinecolor=GREY)
     figure.update_yaxes(title_text=y_title, zeroline=True, zerolinecolor=GREY)
-    return _finish(figure, title, height=400)
+    return finish(figure, title, height=400)
 
 
 def ranked_bars(
@@ -247,7 +259,7 @@ def ranked_bars(
     figure = go.Figure(bars)
     figure.update_xaxes(title_text=unit, zeroline=True, zerolinecolor=GREY)
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return _finish(figure, title, height=26 * len(labels) + 80)
+    return finish(figure, title, height=26 * len(labels) + 80)
 
 
 def agreement_heatmap(matrix: xr.DataArray, *, title: str) -> go.Figure:
@@ -265,7 +277,7 @@ def agreement_heatmap(matrix: xr.DataArray, *, title: str) -> go.Figure:
     figure = go.Figure(heatmap)
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(tickangle=-45, automargin=True)
-    return _finish(figure, title, height=420)
+    return finish(figure, title, height=420)
 
 
 def _heatmap(values: np.ndarray, signed: bool, *, text: list[list[str]], highest: float | None = None) -> go.Heatmap:
@@ -339,7 +351,8 @@ def _layer_height(n_layers: int) -> int:
     return min(620, max(260, 13 * n_layers + 90))
 
 
-def _finish(figure: go.Figure, title: str, *, height: int) -> go.Figure:
+def finish(figure: go.Figure, title: str, *, height: int) -> go.Figure:
+    """The look that all figures share: title, margins, fonts and grid."""
     figure.update_layout(
         title={"text": html.escape(title), "x": 0, "font_size": 15},
         height=height,
@@ -349,7 +362,7 @@ def _finish(figure: go.Figure, title: str, *, height: int) -> go.Figure:
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": INK},
         template="none",
     )
-    grid = not isinstance(figure.data[0], go.Heatmap)
+    grid = not isinstance(figure.data[0], go.Heatmap | go.Image)
     figure.update_xaxes(showgrid=grid, gridcolor="#e8ebf0", title_standoff=8, title_font_size=12)
     figure.update_yaxes(showgrid=grid, gridcolor="#e8ebf0", title_standoff=8, title_font_size=12)
     if not grid:

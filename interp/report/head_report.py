@@ -32,6 +32,7 @@ def heads(
     n_maps: int = 4,
     seed: int = 0,
     circuit: str | None = None,
+    sinks: bool = False,
     command: str | None = None,
     progress: bool | None = None,
 ) -> Path:
@@ -51,6 +52,8 @@ def heads(
         n_maps: prompts for the layer × position maps, and for value and pattern patches.
         seed: of bootstrap intervals and of the random tokens that attention is scored on.
         circuit: show a circuit too: a method of `interp.circuits.METHODS`, or a file of `interp.circuits.save`.
+        sinks: look at attention sinks too, on natural text and on the task's prompts; for SmolLM2-135M about half a
+            minute more.
         command: how the report was asked for, shown in it; the call of this function by default.
         progress: show progress bars; None: in a terminal or notebook only.
 
@@ -72,6 +75,7 @@ def heads(
         n_maps=n_maps,
         seed=seed,
         circuit=check_circuit(circuit) if circuit is not None else None,
+        sinks=sinks,
         command=command or called,
         keep_parts=parts,
         progress=progress,

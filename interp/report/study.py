@@ -10,7 +10,9 @@ forward passes of one prompt (L layers, H heads, G key/value heads):
 5. positions: 3 L a prompt and position, from the first token that differs;
 6. top heads: attention pattern and output of a few heads on one prompt;
 7. backup: direct effects once more, with the strongest writer ablated;
-8. circuit, if asked for: what its method costs, and 22 circuits to test it.
+8. circuit, if asked for: what its method costs, and 22 circuits to test it;
+9. sinks, if asked for: 50 texts of 64 tokens, ten times 16 of them, and one a prompt;
+10. vision, where prompts have images: three a prompt, and one for the maps of each of a few prompts.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from interp.report.figures import head_label
 from interp.report.machine import describe_run
 from interp.report.measures import extreme_heads
 from interp.report.resume import Parts, fingerprint
+from interp.report.sink_study import calibration_texts, sink_variables
+from interp.report.vision_study import has_images, vision_variables
 from interp.tasks import Task, accuracy
 
 logger = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ def head_study(
     n_direct: int = 32,
     seed: int = 0,
     circuit: str | None = None,
+    sinks: bool = False,
     command: str = "",
     keep_parts: Path | None = None,
     progress: bool | None = None,
@@ -74,6 +79,7 @@ def head_study(
         n_direct: prompts for logit lens and direct logit attribution.
         seed: of bootstrap intervals and of the random tokens that attention is scored on.
         circuit: find a circuit by this method, or take it from this .json file, and test it; None: no circuit.
+        sinks: look at attention sinks too, on natural text and on the task's prompts.
         command: how the study was asked for, kept in its attrs.
         keep_parts: a folder for finished parts: the same call takes them from there instead of computing them again.
         progress: show progress bars; None: in a terminal or notebook only.
@@ -105,6 +111,10 @@ def head_study(
         parts = {name: compute for name, compute in parts.items() if name not in ("layers", "backup")}
     if circuit is not None:
         parts["circuit"] = lambda: circuit_variables(model, direct, circuit, seed=seed, progress=progress)
+    if sinks:
+        parts["sinks"] = lambda: _sinks(model, direct, seed, progress)
+    if has_images(model, task):
+        parts["vision"] = lambda: vision_variables(model, few, found["importance_resample"], progress=progress)
     sizes: dict[str, int | str] = {
         "n_interventions": n_interventions,
         "n_maps": n_maps,
@@ -280,3 +290,9 @@ def _backup(model: Model, task: Task, direct: xr.DataArray) -> Variables:
         f"direct_{when}": measured["effect"].assign_attrs(n_prompts=len(task), ablated=head_label(layer, head))
         for when, measured in (("before", before), ("after", after))
     }
+
+
+def _sinks(model: Model, task: Task, seed: int, progress: bool | None) -> Variables:
+    """Attention sinks on natural text, and on the task."""
+    texts, source = calibration_texts(model, task, seed)
+    return sink_variables(model, texts, source=source, task=task, seed=seed, progress=progress)
