@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Cache", "Edit", "Model", "Site", "SiteUnavailable", "UnsupportedModel", "load"]
 
-_ROOMS = ("circuits", "heads", "metrics", "model", "patching", "report", "sinks", "tasks", "vision", "zoo")
+_ROOMS = ("circuits", "heads", "metrics", "model", "patching", "report", "saes", "sinks", "tasks", "vision", "zoo")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ Errors are one line on stderr; the exit code is 2 for bad input, 1 for a failure
 on the line, shows the traceback.
 """
 
-from interp.cli import circuit_commands, commands, patching_commands, sink_commands
+from interp.cli import circuit_commands, commands, patching_commands, sae_commands, sae_reading, sink_commands
 from interp.cli.app import app
 
-__all__ = ["app", "circuit_commands", "commands", "patching_commands", "sink_commands"]
+__all__ = ["app", "circuit_commands", "commands", "patching_commands", "sae_commands", "sae_reading", "sink_commands"]

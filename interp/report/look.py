@@ -47,6 +47,13 @@ th[aria-sort=descending] button::after { content: " ↓"; }
   padding: .06em .3em; white-space: pre-wrap;
   display: inline-block; max-width: 100%; }
 td .token { white-space: pre; max-width: none; }
+.context { max-width: none; margin: .1em 0;
+  font: .84rem/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.context span { border-radius: 3px; white-space: pre-wrap; padding: 0 .08em; }
+.context + h3 { margin-top: .9em; }
+.context .marked { outline: 1px solid var(--ink); }
+.context .peak { display: inline-block; min-width: 3.6em; padding-right: .8em; text-align: right; color: var(--soft); }
+.context.sources { margin-bottom: .9em; font-size: .78rem; }
 dl { display: grid; grid-template-columns: minmax(8em, max-content) 1fr; gap: .3em 1.2em; font-size: .92rem; }
 dt { color: var(--soft); }
 dd { margin: 0; }

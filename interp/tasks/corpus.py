@@ -44,7 +44,7 @@ _COMMON_SHARE = 0.35
 """Of English prose about four words in ten are among these; of lists of names and signatures far fewer."""
 
 
-def natural_text(model: Model, n_sequences: int, length: int, seed: int = 0) -> Int[Tensor, "sequence pos"]:
+def natural_text(model: Model, n_sequences: int | None, length: int, seed: int = 0) -> Int[Tensor, "sequence pos"]:
     """Sequences of English prose, each from the beginning of a paragraph, as token ids.
 
     They come from docstrings of the standard library and of the packages that `interp` needs, from as many parts of
@@ -54,7 +54,7 @@ def natural_text(model: Model, n_sequences: int, length: int, seed: int = 0) -> 
 
     Args:
         model: its tokenizer makes the ids; a BOS stands first where that tokenizer adds one.
-        n_sequences: rows.
+        n_sequences: rows; None: as many as there are.
         length: tokens a row.
         seed: which passages, and their order.
 
@@ -68,7 +68,7 @@ def natural_text(model: Model, n_sequences: int, length: int, seed: int = 0) -> 
         tokens = model.to_tokens(passage)[0]
         if len(tokens) >= length:
             rows.append(tokens[:length])
-    if len(rows) < n_sequences or not rows:
+    if len(rows) < (n_sequences or 0) or not rows:
         raise ValueError(
             f"the installed packages hold {len(rows)} sequences of {length} tokens; {n_sequences} were asked for: take "
             "fewer or shorter ones, or bring your own text"
