@@ -35,9 +35,7 @@ def class_logits(model: Model, output: Tensor, classifier: Classifier | None) ->
     return output.float() if output.dim() == 2 else None
 
 
-def batch_labels(
-    batches: list[dict[str, Any]], labels: Int[Tensor, " image"] | None
-) -> list[Int[Tensor, " _"] | None]:
+def batch_labels(batches: list[dict[str, Any]], labels: Int[Tensor, " image"] | None) -> list[Int[Tensor, " _"] | None]:
     """The labels of each batch.
 
     Raises:
