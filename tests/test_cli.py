@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from interp.cli import app
 from interp.report import read
+from tests.command_line import refused, run
 from tests.conftest import tiny_llama_hf
 
 COMMANDS = ("report", "patch", "compare", "heads", "tasks", "models", "show")
@@ -18,12 +19,6 @@ PAIRS = """clean,corrupted,answer,wrong
 "When Mary and John went to the store, John gave a drink to","When Mary and John went to the store, Mary gave a drink to"," Mary"," John"
 "When Tom and Bob went to the park, Bob gave a book to","When Tom and Bob went to the park, Tom gave a book to"," Tom"," Bob"
 """  # noqa: E501
-
-
-def run(*words):
-    """(exit code, stdout, stderr) of a command line."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +34,6 @@ def folder(tiny_tokenizer, tmp_path_factory):
 @pytest.fixture
 def on_tiny(folder):
     return ("--model", folder, "--task", folder / "pairs.csv", "--no-progress")
-
-
-def refused(*words, code=2):
-    """The message of a command line that must fail with one line on stderr and nothing on stdout."""
-    exit_code, out, err = run(*words)
-    assert exit_code == code, (out, err)
-    assert out == ""
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    assert err.startswith("interp: ")
-    return err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

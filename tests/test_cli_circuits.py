@@ -9,16 +9,15 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import interp
 from interp.circuits import METHODS, discover, load
 from interp.circuits.job import SUMMARY
 from interp.circuits.reuse import overlap
-from interp.cli import app
 from interp.cli.circuit_commands import distinct_names
 from interp.report import read
 from interp.tasks import read as read_pairs
+from tests.command_line import refused, run
 from tests.conftest import tiny_gpt2_hf, tiny_llama_hf
 
 PAIRS = """clean,corrupted,answer,wrong
@@ -26,22 +25,6 @@ PAIRS = """clean,corrupted,answer,wrong
 "When Tom and Bob went to the park, Bob gave a book to","When Tom and Bob went to the park, Tom gave a book to"," Tom"," Bob"
 """  # noqa: E501
 COMMANDS = ("discover", "evaluate", "circuits compare", "circuits methods", "circuits run")
-
-
-def run(*words):
-    """(exit code, stdout, stderr) of a command line."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def refused(*words):
-    """The message of a command line that must fail with one line on stderr and nothing on stdout."""
-    code, out, err = run(*words)
-    assert code == 2, (out, err)
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("interp: ")
-    return err
 
 
 @pytest.fixture(scope="module")

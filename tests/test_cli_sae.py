@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
 
-from interp.cli import app
 from interp.saes import load
+from tests.command_line import run
 from tests.conftest import tiny_llama_hf
-
-
-def run(*words):
-    """(exit code, stdout, stderr) of a command line."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import xarray as xr
-from typer.testing import CliRunner
 
 import interp
 from interp import saes
-from interp.cli import app
 from interp.tasks import natural_text
+from tests.command_line import run
 from tests.conftest import tiny_llama_hf
-
-
-def run(*words):
-    """(exit code, stdout, stderr) of a command line."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

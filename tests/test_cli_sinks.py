@@ -7,14 +7,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import interp
 from interp import sinks
-from interp.cli import app
 from interp.heads.divergence import divergence, without_segment
 from interp.report import read
 from interp.report.sink_study import texts_of
+from tests.command_line import refused, run
 from tests.conftest import tiny_llama_hf
 
 PROMPT, SEGMENT = "When Mary and John went to the store, John gave a drink to", "When Mary and John"
@@ -22,22 +21,6 @@ PAIRS_OF_TASK = """clean,corrupted,answer,wrong
 "When Mary and John went to the store, John gave a drink to","When Mary and John went to the store, Mary gave a drink to"," Mary"," John"
 "When Tom and Bob went to the park, Bob gave a book to","When Tom and Bob went to the park, Tom gave a book to"," Tom"," Bob"
 """  # noqa: E501
-
-
-def run(*words):
-    """(exit code, stdout, stderr) of a command line."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def refused(*words):
-    """The message of a command line that must fail with exit code 2 and one line on stderr."""
-    code, out, err = run(*words)
-    assert code == 2, (out, err)
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("interp: ")
-    return err
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def _readable(model: Model, length: int, seed: int) -> Texts | None:
     """Natural text, unless it is beyond the model's vocabulary."""
     try:
         texts = natural_text(model, MIN_SEQUENCES, length, seed)
-    except Exception:  # tokenizers raises no narrower class where a vocabulary of whole words lacks one
+    except ValueError:
         return None
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     return None if unknown is not None and (texts == unknown).float().mean() > MOST_UNKNOWN else texts

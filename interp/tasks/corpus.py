@@ -59,13 +59,13 @@ def natural_text(model: Model, n_sequences: int | None, length: int, seed: int =
         seed: which passages, and their order.
 
     Raises:
-        ValueError: if the installed packages hold too little text, or the model has no tokenizer.
+        ValueError: if the installed packages hold too little text, or the model has no tokenizer that reads prose.
     """
     rows: list[Tensor] = []
     for passage in _passages(length * _CHARACTERS_A_TOKEN, seed):
         if len(rows) == n_sequences:
             break
-        tokens = model.to_tokens(passage)[0]
+        tokens = _read(model, passage)
         if len(tokens) >= length:
             rows.append(tokens[:length])
     if len(rows) < (n_sequences or 0) or not rows:
@@ -74,6 +74,17 @@ def natural_text(model: Model, n_sequences: int | None, length: int, seed: int =
             "fewer or shorter ones, or bring your own text"
         )
     return torch.stack(rows)
+
+
+def _read(model: Model, passage: str) -> Int[Tensor, " pos"]:
+    try:
+        return model.to_tokens(passage)[0]
+    except ValueError:
+        raise
+    except Exception as error:  # what a tokenizer of few words raises has no type of its own
+        raise ValueError(
+            f"the tokenizer of {model.name} cannot read English prose ({error}): give token ids of its own words"
+        ) from error
 
 
 def _passages(n_characters: int, seed: int) -> Iterator[str]:

@@ -120,3 +120,8 @@ def test_more_than_there_is_says_how_much_there_is(tiny_llama: interp.Model, mon
 def test_a_model_without_a_tokenizer_is_refused(tiny_llama: interp.Model):
     with pytest.raises(ValueError, match="no tokenizer"):
         natural_text(interp.Model(tiny_llama.hf), 1, 10)
+
+
+def test_a_tokenizer_of_few_words_is_named():
+    with pytest.raises(ValueError, match="the tokenizer of zoo:colours cannot read English prose"):
+        natural_text(interp.zoo.load("colours"), 2, 8)
