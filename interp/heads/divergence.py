@@ -187,6 +187,10 @@ def t_vhd(divergence: xr.DataArray, k: int = 3) -> xr.DataArray:
         divergence: [layer, head], or [prompt, layer, head] for one value a prompt.
         k: heads a layer.
 
+    Compare answers to prompts of one wording only: in the zoo's `digits` it tells prompts that ask for the picture from
+    prompts that do not (AUC above .9), but among pictures of one wording that are too faint to read it is higher, not
+    lower, where the answer is a guess.
+
     Raises:
         ValueError: if a layer has fewer than k heads.
 

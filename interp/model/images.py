@@ -32,6 +32,8 @@ class Image:
     """The token id that stands for each of its pieces; the same for the same pixels."""
     inputs: Mapping[str, Tensor]
     """Arguments of the model that carry it, for a batch of this image alone: `pixel_values`, ..."""
+    model_token: int
+    """The id that the model itself has for a piece of any image."""
     n_tokens: int
     """Positions that it takes up in a prompt."""
     grid: tuple[int, int] | None
@@ -70,17 +72,13 @@ class ImageBook:
         return self._images[image_id]
 
     @property
-    def token(self) -> int:
-        """The model's own id for a piece of an image.
-
-        Raises:
-            ValueError: if this model takes no images.
-        """
+    def token(self) -> int | None:
+        """The model's own id for a piece of an image; None if it takes no images in its prompts."""
         config = self._hf.config
         for name in ("image_token_id", "image_token_index"):
             if getattr(config, name, None) is not None and "pixel_values" in self._arguments:
                 return int(getattr(config, name))
-        raise ValueError(f"{type(self._hf).__name__} takes no images in its prompts")
+        return None
 
     @torch.no_grad()
     def add(self, inputs: Mapping[str, Tensor], *, picture: Any = None) -> Image:
@@ -91,16 +89,21 @@ class ImageBook:
         Args:
             inputs: arguments of the model for this image alone, as its image processor makes them.
             picture: what they were made of, for drawing.
+
+        Raises:
+            ValueError: if this model takes no images in its prompts.
         """
+        token = self.token
+        if token is None:
+            raise ValueError(f"{type(self._hf).__name__} takes no images in its prompts")
         image_id = FIRST_ID + _content_number(inputs)
         if image_id not in self._images:
             n_tokens = self._n_tokens(inputs)
             kept = {name: value.clone() for name, value in inputs.items()}
-            self._images[image_id] = Image(image_id, kept, n_tokens, self._grid(inputs, n_tokens), picture)
+            self._images[image_id] = Image(image_id, kept, token, n_tokens, self._grid(inputs, n_tokens), picture)
         return self._images[image_id]
 
     def _n_tokens(self, inputs: Mapping[str, Tensor]) -> int:
-        self.token  # noqa: B018 - says so if the model takes no images
         takes = inspect.signature(self._hf.get_image_features).parameters
         device = next(self._hf.parameters()).device
         given = {name: value.to(device) for name, value in inputs.items() if name in takes}
@@ -163,7 +166,7 @@ class ImageBook:
             return inputs
         images = [image for row in tokens.tolist() for _, image in self.placed(row)]
         is_image = self.mask(tokens)
-        expanded = dict(inputs) | {"input_ids": torch.where(is_image, self.token, tokens)}
+        expanded = dict(inputs) | {"input_ids": tokens.masked_fill(is_image, images[0].model_token)}
         for name in images[0].inputs:
             expanded[name] = torch.cat([image.inputs[name] for image in images]).to(tokens.device)
         for name in ("mm_token_type_ids", "token_type_ids"):

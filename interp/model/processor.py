@@ -53,7 +53,7 @@ def encode_with_pictures(
         tokenizer: the model's tokenizer.
         images: where the pictures are kept.
         text: the prompt.
-        pictures: PIL images or arrays, in reading order.
+        pictures: PIL images or arrays, in reading order; one at least.
 
     Raises:
         ValueError: if the model has no processor, or the text has not one place for each picture.
@@ -61,7 +61,8 @@ def encode_with_pictures(
     if processor is None:
         raise ValueError("this model has no processor for pictures: pass one to load (processor=...)")
     shown = [images.add(_pixels(processor, picture), picture=picture) for picture in pictures]
-    token = tokenizer.convert_ids_to_tokens(images.token)
+    token_id = shown[0].model_token
+    token = tokenizer.convert_ids_to_tokens(token_id)
     n_places = text.count(token)
     if n_places != len(pictures):
         raise ValueError(
@@ -71,7 +72,7 @@ def encode_with_pictures(
         ids = list(processor(text=[text], images=list(pictures))["input_ids"][0])
     else:
         ids = list(tokenizer(_expanded(text, token, shown))["input_ids"])
-    return _with_image_ids(ids, shown, images.token)
+    return _with_image_ids(ids, shown, token_id)
 
 
 def _pixels(processor: Any, picture: Any) -> dict[str, Any]:

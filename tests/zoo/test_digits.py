@@ -67,7 +67,8 @@ def test_it_knows_what_a_writer_prefers_without_a_picture(model):
     np.testing.assert_array_equal(answers(model, shown.without), shown.writer)
 
 
-def test_divergence_tells_answers_from_the_picture_from_answers_from_the_prior(model):
+def test_divergence_tells_prompts_that_ask_for_the_picture_from_those_that_ask_for_the_prior(model):
+    """Two wordings. Within one, on pictures too faint to read, the order is the other way round: see t_vhd."""
     shown = show(model, 120, 1, contrasts=[1.0, 0.7], always=lambda number: number % 2 == 0)
     given = answers(model, shown.tokens)
     grounded, prior = given == shown.digit, given == shown.writer
