@@ -225,10 +225,10 @@ def test_damaged_task_file_is_named_with_line_and_field(folder, tmp_path):
     assert "bad.csv" in refused("tasks", "--show", path, "--model", folder)
 
 
-def test_bad_dtype_is_refused(folder):
-    assert "'float33' is no type of numbers" in refused(
-        "show", "--model", folder, "--prompt", "a", "--dtype", "float33"
-    )
+@pytest.mark.parametrize("dtype", ["float33", "int8", "nn"])
+def test_bad_dtype_is_refused(folder, dtype):
+    said = refused("show", "--model", folder, "--prompt", "a", "--dtype", dtype)
+    assert f"'{dtype}' is no type of numbers" in said
 
 
 @pytest.mark.parametrize("command", ["report", "patch"])

@@ -171,9 +171,13 @@ def test_report_refuses_a_circuit_before_the_model_is_loaded(folder, tmp_path):
     assert "not a circuit file" in refused("report", *nowhere, "--circuit", folder / "config.json")
 
 
-def test_discover_refuses_options_that_do_not_go_together(on_tiny):
-    assert "give one of edges, threshold" in refused("discover", *on_tiny, "--edges", 5, "--threshold", 0.1)
-    assert "scores edges" in refused("discover", *on_tiny, "--method", "eap", "--nodes", 5)
+def test_discover_refuses_options_that_do_not_go_together():
+    nowhere = ("--model", "no/such-model")
+    assert "give one of edges, threshold" in refused("discover", *nowhere, "--edges", 5, "--threshold", 0.1)
+    assert "scores edges" in refused("discover", *nowhere, "--method", "eap", "--nodes", 5)
+    assert "by threshold=, not edges=" in refused("discover", *nowhere, "--method", "acdc", "--edges", 5)
+    assert "nothing that 'acdc' can do" in refused("discover", *nowhere, "--method", "acdc", "--positions")
+    assert "without a position axis" in refused("discover", *nowhere, "--positions", "--selection", "greedy")
 
 
 # evaluate

@@ -218,18 +218,19 @@ def discover(
         SiteUnavailable: for a model whose stream is normed after every addition.
     """
     found = METHODS[method_named(method)]
-    given = [
-        name for name, value in (("edges", edges), ("nodes", nodes), ("threshold", threshold)) if value is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(f"give one of {', '.join(given)}")
-    if nodes is not None and found.level != "node":
-        raise ValueError(f"nodes= is for methods that score nodes; {method!r} scores edges: give edges= or threshold=")
     neurons = tuple(neurons)
-    _check_finer(task, method, positions, neurons, selection)
+    check_choices(
+        method,
+        edges=edges,
+        nodes=nodes,
+        threshold=threshold,
+        selection=selection,
+        positions=positions,
+        neurons=bool(neurons),
+    )
+    if positions:
+        check_one_length(task)
     if found.level == "search":
-        if given and given != ["threshold"]:
-            raise ValueError(f"{method!r} chooses edges by threshold=, not {given[0]}=")
         threshold = 0.01 if threshold is None else threshold
         return acdc(model, task, threshold=threshold, metric=metric or KL, progress=progress)
     graph = Graph.of(model, neurons=neurons)
@@ -249,18 +250,32 @@ def discover(
     return circuit.select(edges=edges, threshold=threshold, selection=selection, signed=signed, prune=prune)
 
 
-def _check_finer(
-    task: Task, method: str, positions: bool, neurons: tuple[tuple[int, int], ...], selection: Selection
+def check_choices(
+    method: str,
+    *,
+    edges: int | None = None,
+    nodes: int | None = None,
+    threshold: float | None = None,
+    selection: str = "top",
+    positions: bool = False,
+    neurons: bool = False,
 ) -> None:
-    """Refuse positions and neurons where a method or selection knows none."""
+    """Raise a ValueError for arguments of `discover` that do not go together; needs no model."""
+    found = METHODS[method_named(method)]
+    sizes = {"edges": edges, "nodes": nodes, "threshold": threshold}
+    given = [name for name, value in sizes.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(given)}")
+    if nodes is not None and found.level != "node":
+        raise ValueError(f"nodes= is for methods that score nodes; {method!r} scores edges: give edges= or threshold=")
+    if found.level == "search" and given and given != ["threshold"]:
+        raise ValueError(f"{method!r} chooses edges by threshold=, not {given[0]}=")
     asked = "positions=True" if positions else "neurons=" if neurons else ""
-    if asked and not METHODS[method].finer:
+    if asked and not found.finer:
         able = ", ".join(name for name, one in METHODS.items() if one.finer)
         raise ValueError(f"{asked} is nothing that {method!r} can do; methods that can: {able}")
     if positions and selection == "greedy":
         raise ValueError("greedy selection is for scores without a position axis: give selection='top'")
-    if positions:
-        check_one_length(task)
 
 
 def _of_best_nodes(scores: np.ndarray, n_nodes: int) -> float:

@@ -80,12 +80,12 @@ def discover(
     """
     from interp.circuits import discover as find
     from interp.circuits.acdc import KL
-    from interp.circuits.discover import method_named
+    from interp.circuits.discover import check_choices
     from interp.report.circuit_files import check_circuit_target, write_circuit
 
     if out is not None:
         check_circuit_target(out)
-    method_named(method)
+    check_choices(method, edges=edges, nodes=nodes, threshold=threshold, selection=selection, positions=positions)
     check_among("--selection", selection, ("top", "greedy"))
     check_among("--direction", direction, ("noise", "denoise"))
     if metric != KL:  # which acdc knows beside the metrics of tasks

@@ -47,9 +47,10 @@ def load_model(source: str, device: str | None, dtype: str | None) -> Model:
 
     from interp.model.load import load
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"{dtype!r} is no type of numbers; there are float32, bfloat16, float16")
-    return load(source, device=device, dtype=dtype and getattr(torch, dtype))
+    numbers = None if dtype is None else getattr(torch, dtype, None)
+    if dtype is not None and not (isinstance(numbers, torch.dtype) and numbers.is_floating_point):
+        raise ValueError(f"{dtype!r} is no type of numbers that a model runs in; there are float32, bfloat16, float16")
+    return load(source, device=device, dtype=numbers)
 
 
 def load_model_and_task(
