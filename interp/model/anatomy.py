@@ -3,11 +3,9 @@
 Everything that depends on the family of a model is in this file, as data. The steps:
 
 1. `FAMILIES` maps a `config.model_type` to a `BlockLayout` (module paths relative to one block) and a few facts about
-the block
-   (parallel or sequential, post-norm, residual multiplier) that the module names do not show;
+   the block (parallel or sequential, post-norm, residual multiplier) that the module names do not show;
 2. a type that the table does not know is matched against all known layouts: the one that explains every
-parameter-carrying
-   module of its blocks is taken;
+   parameter-carrying module of its blocks is taken;
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ function
 
 1. hands q and k (after QK-norm and rotary) to the taps of `rot_q` and `rot_k`;
 2. if `attn_scores` or `pattern` are tapped, recomputes them in plain PyTorch (scale, soft-cap, mask, learned sink
-logits) and
-   hands them to their taps;
+   logits) and hands them to their taps;
 3. lets the model's own implementation (eager, SDPA, ...) compute z from q, k and v, unless a tap changed scores or
-pattern:
-   then z = pattern @ v.
+   pattern: then z = pattern @ v.
 
 Steps 2 and 3 can be wrapped (`attention_wrapped`): relevance rules change their backward pass, the sweep engine what
 the rows of a packed batch attend to.

@@ -2,8 +2,7 @@
 
 1. Run clean and corrupted prompts and keep the activations of the site.
 2. For every prompt and every cell of the axes kept (`by`), run the base prompt with that cell replaced: by the other
-prompt's
-   activation at the same place (resample), by the mean of the site, or by zero.
+   prompt's activation at the same place (resample), by the mean of the site, or by zero.
 3. The effect of a cell is the change of the metric, signed so that positive means "supports the behaviour".
 """
 
