@@ -7,6 +7,8 @@ from interp.saes.baselines import baselines, pca, random_decoder
 from interp.saes.contexts import feature_contexts
 from interp.saes.evaluate import describe_evaluation, draw_evaluation, evaluate
 from interp.saes.feature_circuits import feature_circuit, feature_faithfulness
+from interp.saes.feature_drawing import draw_feature_circuit
+from interp.saes.feature_edges import feature_edges
 from interp.saes.feature_effects import feature_effects
 from interp.saes.folding import as_jumprelu, fold_b_dec, fold_decoder_norm, fold_input_scale
 from interp.saes.head_share import head_features, head_share
@@ -20,40 +22,10 @@ from interp.saes.storage import convert, load, save
 from interp.saes.training import train
 
 __all__ = [
-    "ARCHITECTURES",
-    "SAE",
-    "ActivationCache",
-    "Loss",
-    "as_jumprelu",
-    "baselines",
-    "cache_activations",
-    "convert",
-    "describe_evaluation",
-    "draw_attribution",
-    "draw_evaluation",
-    "evaluate",
-    "feature_attribution",
-    "feature_circuit",
-    "feature_contexts",
-    "feature_effects",
-    "feature_faithfulness",
-    "features_of",
-    "fold_b_dec",
-    "fold_decoder_norm",
-    "fold_input_scale",
-    "from_rows",
-    "head_features",
-    "head_share",
-    "load",
-    "logit_weights",
-    "make",
-    "pca",
-    "random_decoder",
-    "recursive_attribution",
-    "save",
-    "sparse_probing",
-    "spliced",
-    "to_rows",
-    "train",
-    "tree_text",
-]
+    "ARCHITECTURES", "SAE", "ActivationCache", "Loss", "as_jumprelu", "baselines", "cache_activations", "convert",
+    "describe_evaluation", "draw_attribution", "draw_evaluation", "draw_feature_circuit", "evaluate",
+    "feature_attribution", "feature_circuit", "feature_contexts", "feature_edges", "feature_effects",
+    "feature_faithfulness", "features_of", "fold_b_dec", "fold_decoder_norm", "fold_input_scale", "from_rows",
+    "head_features", "head_share", "load", "logit_weights", "make", "pca", "random_decoder",
+    "recursive_attribution", "save", "sparse_probing", "spliced", "to_rows", "train", "tree_text",
+]  # fmt: skip

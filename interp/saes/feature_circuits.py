@@ -1,8 +1,8 @@
 """Circuits of SAE features: which nodes are kept, and how much of a behaviour they carry by themselves.
 
 `feature_circuit` keeps the nodes of largest effect. `feature_faithfulness` runs the model with every other node
-ablated, at several sizes, beside the complement and random nodes of the same number. Edges are not modelled: a node
-that is kept acts on everything after it.
+ablated, at several sizes, beside the complement and random nodes of the same number. No edge is cut there: a node that
+is kept acts on everything after it. What edges carry, `interp.saes.feature_edges` says.
 
 Source: Marks et al. 2024 (arXiv 2403.19647).
 """
@@ -140,7 +140,7 @@ def feature_faithfulness(
     started = time.perf_counter()
     check_choice("ablation", ablation, ("mean", "resample", "zero"))
     placed = place(model, saes)
-    _check_effects(effects, placed, task)
+    check_nodes(effects, placed, task)
     name, metric_fn = resolve_metric(metric, task)
     counts = sorted(sizes)
     circuits = [feature_circuit(effects, n=count, errors=errors).values for count in counts]
@@ -222,16 +222,17 @@ def _random_circuits(
         yield kept
 
 
-def _check_effects(effects: xr.DataArray, placed: Sequence[Placed], task: Task) -> None:
+def check_nodes(effects: xr.DataArray, placed: Sequence[Placed], task: Task) -> None:
+    """Raise a ValueError if effects, or a circuit, are not of these SAEs or not of prompts as long as the task's."""
     expected = [(str(one.source), feature) for one in placed for feature in (*range(one.sae.d_sae), ERROR)]
     if list(zip(effects["site"].values, effects["feature"].values, strict=True)) != expected:
         found = ", ".join(dict.fromkeys(map(str, effects["site"].values)))
-        raise ValueError(f"these effects are of other SAEs (sites {found}): give those that they were computed with")
+        raise ValueError(f"these nodes are of other SAEs (sites {found}): give those that they were computed with")
     lengths = {len(ids) for ids in task.clean_ids}
     if "position" in effects.dims and lengths != {effects.sizes["position"]}:
         others = ", ".join(map(str, sorted(lengths)))
         raise ValueError(
-            f"these effects are for prompts of {effects.sizes['position']} tokens; the task has prompts of {others}: "
+            f"these nodes are for prompts of {effects.sizes['position']} tokens; the task has prompts of {others}: "
             "use by_position=False"
         )
 

@@ -9,7 +9,7 @@ position is a node. What a node would lose, if it were as in another run, is est
 3. the effect of a feature is (its clean − corrupted activation) · (W_dec_i · g); that of an error the product of its
    difference and g, summed over the site's width.
 
-Effects of all nodes of a position add up to attribution patching of the site. Edges between nodes are not estimated.
+Effects of all nodes of a position add up to attribution patching of the site. Edges: `interp.saes.feature_edges`.
 
 Source: Marks et al. 2024 (arXiv 2403.19647), whose effects have the opposite sign; RelP: arXiv 2508.21258.
 """
@@ -17,7 +17,7 @@ Source: Marks et al. 2024 (arXiv 2403.19647), whose effects have the opposite si
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -69,9 +69,19 @@ class NodeValues(NamedTuple):
     error: Float[Tensor, "batch pos d_out"]
 
 
+class Change(NamedTuple):
+    """What effects of the nodes of one SAE are products of."""
+
+    one: Placed
+    lost: NodeValues
+    """Values in the clean run, minus those in the patch."""
+    gradient: Float[Tensor, "batch pos d_out"]
+    """Of each prompt's metric, at the site that the SAE stands for."""
+
+
 @dataclass(frozen=True)
-class _Estimate:
-    """One call's choices, checked."""
+class Estimate:
+    """One call's choices, checked; made by `prepared_estimate`."""
 
     asked: Request
     placed: tuple[Placed, ...]
@@ -81,6 +91,8 @@ class _Estimate:
     """Places and weights of integrated gradients; None: one gradient, at the clean run."""
     within: Callable[[], AbstractContextManager[Any]]
     """Makes the context of the passes that give gradients."""
+    said: Mapping[str, Any]
+    """The choices, for a result's attrs."""
 
     @property
     def sites(self) -> list[Site]:
@@ -122,7 +134,7 @@ def feature_effects(
         by_position: keep positions apart; else effects are summed over them, each prompt's own sum with its sign.
         through: how a gradient passes an SAE on its way to earlier ones. "site": unchanged, as published; its features
             and its error carry it together. "features": through decoder and encoder only, which are linear for the set
-            of active features, while the error of the clean run is a constant.
+            of active features, while the error counts as a constant.
         steps: points of integrated gradients.
         rule: where they lie, as in `interp.patching.integrated_gradients`; as published, "left".
         rules: relevance rules of "relp", as in `interp.patching.relevance_patching`.
@@ -146,6 +158,62 @@ def feature_effects(
     Source: Marks et al. 2024 (arXiv 2403.19647). Checked in tests/saes/test_feature_effects.py against one run a node.
     """
     started = time.perf_counter()
+    chosen = prepared_estimate(
+        model,
+        task,
+        saes,
+        method=method,
+        patch=patch,
+        by_position=by_position,
+        through=through,
+        steps=steps,
+        rule=rule,
+        rules=rules,
+        metric=metric,
+        normalised=normalised,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    effects, clean, corrupted = _mean_effects(chosen, method)
+    if normalised:
+        gap = clean.mean(0, keepdim=True), corrupted.mean(0, keepdim=True)
+        effects = normalised_shares(effects[None], *gap, chosen.asked.metric_name)[0]
+    placed = chosen.placed
+    n_ways = len(placed) * steps if method == "ig" else 0
+    attrs = {
+        **chosen.said,
+        "metric_clean": float(clean.mean()),
+        "metric_corrupted": float(corrupted.mean()),
+        "forward_passes": 2 + n_ways,
+        "backward_passes": n_ways or 1,
+        "seconds": time.perf_counter() - started,
+    }
+    dims = ("position", "node") if by_position else ("node",)
+    named = labelled(effects, dims, model, task, attrs, sites=[one.target for one in placed])
+    return named.assign_coords(
+        site=("node", [str(one.source) for one in placed for _ in range(one.n_nodes)]),
+        feature=("node", [feature for one in placed for feature in (*range(one.sae.d_sae), ERROR)]),
+    )
+
+
+def prepared_estimate(
+    model: Model,
+    task: Task,
+    saes: SAE | Sequence[SAE],
+    *,
+    method: Method,
+    patch: Patch,
+    by_position: bool,
+    through: Through,
+    steps: int,
+    rule: Rule,
+    rules: str | Sequence[str],
+    metric: str | Metric | None,
+    normalised: bool,
+    batch_size: int | None,
+    progress: bool | None,
+) -> Estimate:
+    """The choices of one call, as in `feature_effects`, checked against the model and the task; ValueError as there."""
     check_choice("method", method, METHODS)
     check_choice("patch", patch, ("corrupted", "zero"))
     check_choice("through", through, ("site", "features"))
@@ -162,39 +230,18 @@ def feature_effects(
         batch_size=batch_size,
         progress=progress,
     )
-    estimate = _Estimate(
-        asked,
-        placed,
-        patch,
-        by_position,
-        rule_points(steps, rule) if method == "ig" else None,
-        _context(model, placed, prepared_rules(model, rules) if method == "relp" else nullcontext, through),
-    )
-    effects, clean, corrupted = _mean_effects(estimate, method)
-    if normalised:
-        gap = clean.mean(0, keepdim=True), corrupted.mean(0, keepdim=True)
-        effects = normalised_shares(effects[None], *gap, asked.metric_name)[0]
-    n_ways = len(placed) * steps if method == "ig" else 0
-    attrs = {
+    said = {
         "method": method,
         "patch": patch,
         "through": through,
         "metric": asked.metric_name,
         "normalised": int(normalised),
-        "metric_clean": float(clean.mean()),
-        "metric_corrupted": float(corrupted.mean()),
-        "forward_passes": 2 + n_ways,
-        "backward_passes": n_ways or 1,
         **({"steps": steps, "rule": rule} if method == "ig" else {}),
         **({"rules": rules_label(rules)} if method == "relp" else {}),
-        "seconds": time.perf_counter() - started,
     }
-    dims = ("position", "node") if by_position else ("node",)
-    named = labelled(effects, dims, model, task, attrs, sites=[one.target for one in placed])
-    return named.assign_coords(
-        site=("node", [str(one.source) for one in placed for _ in range(one.n_nodes)]),
-        feature=("node", [feature for one in placed for feature in (*range(one.sae.d_sae), ERROR)]),
-    )
+    points = rule_points(steps, rule) if method == "ig" else None
+    within = _context(model, placed, prepared_rules(model, rules) if method == "relp" else nullcontext, through)
+    return Estimate(asked, placed, patch, by_position, points, within, said)
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -245,9 +292,7 @@ def _context(
     return within
 
 
-def _mean_effects(
-    estimate: _Estimate, method: str
-) -> tuple[Tensor, Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
+def _mean_effects(estimate: Estimate, method: str) -> tuple[Tensor, Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
     """(effects [*pos, node], metric of the clean and of the corrupted run, both by length of the prompt)."""
     asked = estimate.asked
     total: Tensor | None = None
@@ -267,9 +312,20 @@ def _mean_effects(
 
 
 def _batch_effects(
-    estimate: _Estimate, prompts: Task
+    estimate: Estimate, prompts: Task
 ) -> tuple[Tensor, Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """(effects summed over prompts [*pos, node] on the CPU, metric of both runs)."""
+    found, clean, corrupted = changes(estimate, prompts, estimate.placed)
+    effects = [
+        products(one.sae.W_dec, lost, gradient, by_position=estimate.by_position) for one, lost, gradient in found
+    ]
+    return torch.cat(effects, dim=-1), clean, corrupted
+
+
+def changes(
+    estimate: Estimate, prompts: Task, placed: Sequence[Placed]
+) -> tuple[Iterator[Change], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """(what effects are made of, for each of these SAEs; metric of the clean and of the corrupted run) of one batch."""
     asked = estimate.asked
     logits, others = asked.model.run_with_cache(prompts.corrupted, estimate.sites, logits_to_keep=1)
     corrupted = asked.score(logits[:, -1], prompts)
@@ -278,26 +334,38 @@ def _batch_effects(
     else:
         logits, activations = asked.model.run_with_cache(prompts.clean, estimate.sites, logits_to_keep=1)
         clean, gradients = asked.score(logits[:, -1], prompts), {}
-    effects = []
-    for one in estimate.placed:
-        here = node_values(one, activations)
-        lost = here
+
+    def of(one: Placed) -> Change:
+        lost = node_values(one, activations)
         if estimate.patch == "corrupted":
             there = node_values(one, others)
-            lost = NodeValues(here.features - there.features, here.error - there.error)
-        gradient = (
-            _averaged_gradient(estimate, prompts, one, activations[one.target], lost)
-            if estimate.points is not None
-            else widened(to_rows(one.target, gradients[one.target]))
-        )
-        effects.append(_products(one, lost, gradient, estimate.by_position))
-    return torch.cat(effects, dim=-1), clean, corrupted
+            lost = NodeValues(lost.features - there.features, lost.error - there.error)
+        if estimate.points is not None:
+            return Change(one, lost, _averaged_gradient(estimate, prompts, one, activations[one.target], lost))
+        return Change(one, lost, widened(to_rows(one.target, gradients[one.target])))
+
+    return map(of, placed), clean, corrupted
 
 
 @torch.no_grad()
-def _products(one: Placed, lost: NodeValues, gradient: Float[Tensor, "batch pos d_out"], by_position: bool) -> Tensor:
-    """Effects of the nodes of one SAE, summed over prompts [*pos, node]."""
-    features = lost.features * (gradient @ one.sae.W_dec.T)
+def products(
+    decoder: Float[Tensor, "feature d_out"],
+    lost: NodeValues,
+    gradient: Float[Tensor, "batch pos d_out"],
+    *,
+    by_position: bool,
+) -> Float[Tensor, "*pos node"]:
+    """What each feature and the error lose times the gradient, summed over prompts; on the CPU.
+
+    Args:
+        decoder: the decoder's rows of these features.
+        lost: their difference, and that of the error.
+        gradient: at the site.
+        by_position: keep positions apart, or sum over them.
+    """
+    wide = torch.promote_types(gradient.dtype, decoder.dtype)
+    gradient = gradient.to(wide)
+    features = lost.features * (gradient @ decoder.to(wide).T)
     error = (lost.error * gradient).sum(-1, keepdim=True)
     summed = [0] if by_position else [0, 1]
     return torch.cat([features.sum(summed), error.sum(summed)], dim=-1).cpu()
@@ -305,7 +373,7 @@ def _products(one: Placed, lost: NodeValues, gradient: Float[Tensor, "batch pos 
 
 @torch.no_grad()
 def _averaged_gradient(
-    estimate: _Estimate, prompts: Task, one: Placed, clean: Tensor, lost: NodeValues
+    estimate: Estimate, prompts: Task, one: Placed, clean: Tensor, lost: NodeValues
 ) -> Float[Tensor, "batch pos d_out"]:
     """Mean gradient on the way that takes the nodes of one SAE from the clean run to the patch."""
     rows = to_rows(one.target, clean)
@@ -319,7 +387,7 @@ def _averaged_gradient(
 
 
 def _backward(
-    estimate: _Estimate, prompts: Task, sites: Sequence[Site], *taps: Tap
+    estimate: Estimate, prompts: Task, sites: Sequence[Site], *taps: Tap
 ) -> tuple[Float[Tensor, " batch"], Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Metric, activations and gradients of the clean prompts, with taps in force before they are read."""
     asked = estimate.asked

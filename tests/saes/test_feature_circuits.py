@@ -179,6 +179,7 @@ def some_effects() -> xr.DataArray:
     return xr.DataArray(values, dims=("position", "node"), coords={"position": [0, 1], "node": range(5), **coords})
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nodes_are_chosen_by_magnitude() -> None:
     effects = some_effects()
     assert nodes_of(feature_circuit(effects, n=3)) == [(Z0, 0, 0), (Z1, ERROR, 0), (Z0, 0, 1)]
@@ -207,10 +208,11 @@ def test_random_circuits_come_from_the_seed(llama) -> None:
     assert len(np.unique(one)) == 2
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_input_is_refused_before_any_run(llama) -> None:
     saes = random_saes(llama)
     effects = feature_effects(llama, TASK, saes)
-    with pytest.raises(ValueError, match="effects are of other SAEs"):
+    with pytest.raises(ValueError, match="nodes are of other SAEs"):
         feature_faithfulness(llama, TASK, saes[0], effects, [1])
     with pytest.raises(ValueError, match="ablation='median'"):
         feature_faithfulness(llama, TASK, saes, effects, [1], ablation="median")

@@ -229,6 +229,16 @@ def test_the_model_and_the_saes_are_left_as_found(llama: interp.Model) -> None:
     assert one.attrs["n_prompts"] == 3
 
 
+@pytest.mark.parametrize("method", ["attribution", "ig"])
+def test_saes_in_float32_in_a_model_of_another_dtype(llama: interp.Model, method: str) -> None:
+    sae = sae_at(llama, Z0)
+    expected = feature_effects(llama, TASK, sae, method=method, steps=2)
+    double = interp.Model(FAMILIES["llama"].make_model(dtype=torch.float64))
+    found = feature_effects(double, TASK, sae, method=method, steps=2)
+    assert found.values == pytest.approx(expected.values, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_choices_are_refused(llama: interp.Model) -> None:
     sae = sae_at(llama, Z0)
     with pytest.raises(ValueError, match=r"method='atp'; it is one of attribution, ig, relp"):
