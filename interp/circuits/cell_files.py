@@ -6,10 +6,8 @@ digest) and what its other files hold (by theirs), so that a later job takes it 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,14 +20,13 @@ import torch
 
 from interp.model import Model
 from interp.patching.labels import model_provenance
+from interp.patching.writing import PART
 from interp.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "interp.cell"
 FORMAT_VERSION = 1
 RECORD = "cell.json"
-_PART, _OLD = ".part", ".old"
+_OLD = ".old"
 
 
 def write_cell(folder: Path, digest: str, about: Mapping[str, Any], write: Callable[[Path], None]) -> None:
@@ -59,51 +56,16 @@ def read_cell(folder: Path, digest: str) -> dict[str, Any] | None:
     return record if whole else None
 
 
-@contextmanager
-def only_writer(out: Path) -> Iterator[None]:
-    """Keep other jobs out of a folder. The lock is the system's: it goes with the process, however that ends.
-
-    On Windows, and on file systems without locks, nobody is kept out.
-
-    Raises:
-        BlockingIOError: if another job is writing to the folder.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    opened = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what = "another job is writing to this folder: wait until it is done, or give another one"
-            raise BlockingIOError(errno.EWOULDBLOCK, what, str(out)) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): see to it that one job at a time writes to it", out, error)
-        yield
-    finally:
-        os.close(opened)
-
-
 def remove_leftovers(out: Path) -> None:
     """Remove what a killed job was writing."""
     for path in out.glob("*/*/.*"):
-        if path.name.endswith((_PART, _OLD)):
+        if path.name.endswith((PART, _OLD)):
             shutil.rmtree(path)
-
-
-def replace_text(text: str, path: Path) -> None:
-    """Write a text file, whole or not at all; what a killed call leaves, the next one takes away."""
-    part = path.with_name(f".{path.name}{_PART}")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    part, old = (folder.with_name(f".{folder.name}{ending}") for ending in (_PART, _OLD))
+    part, old = (folder.with_name(f".{folder.name}{ending}") for ending in (PART, _OLD))
     for path in (part, old):
         if path.exists():
             shutil.rmtree(path)

@@ -33,10 +33,8 @@ from tqdm.auto import tqdm
 from interp.circuits.cell_files import (
     digest_of,
     model_content,
-    only_writer,
     read_cell,
     remove_leftovers,
-    replace_text,
     task_content,
     write_cell,
 )
@@ -48,6 +46,7 @@ from interp.circuits.sweep_file import Sweep, model_label, task_label
 from interp.model import Model
 from interp.model.load import load
 from interp.patching.progress import progress_bar
+from interp.patching.writing import only_writer, replace_text
 from interp.tasks import TASKS, Task, read
 
 logger = logging.getLogger(__name__)

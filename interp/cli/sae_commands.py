@@ -35,17 +35,24 @@ def train(
     ] = "natural",
     architecture: Annotated[str, typer.Option(help="relu, gated, topk, batch_topk, jumprelu or matryoshka.")] = "topk",
     expansion: Annotated[float, typer.Option(help="Features a dimension of the input.")] = 8,
+    d_sae: Annotated[int | None, typer.Option(help="Features, instead of by --expansion.")] = None,
     k: Annotated[int | None, typer.Option(help="Features active in a token (TopK family; 32).")] = None,
     l1: Annotated[float | None, typer.Option(help="Sparsity coefficient (relu, gated).")] = None,
     target: Annotated[str | None, typer.Option(help="Train a transcoder: the site that is predicted.")] = None,
     batch_size: Annotated[int, typer.Option(help="Tokens a step.")] = 4096,
-    learning_rate: Annotated[float | None, typer.Option(help="By default by the number of features.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="By default 2e-4 * √(16,384 / features).")] = None,
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Scale activations to a mean norm of √d; folded into the result.")
     ] = False,
-    dead_after: Annotated[int, typer.Option(help="Tokens without firing after which a feature is dead.")] = 10_000_000,
+    dead_after: Annotated[
+        int | None,
+        typer.Option(help="Tokens without firing after which a feature is dead (10 million, at most a tenth)."),
+    ] = None,
     resample_every: Annotated[int | None, typer.Option(help="Steps between resamplings of dead features.")] = None,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    from_position: Annotated[
+        int, typer.Option(help="First position to train on; 1 leaves out the BOS, or what stands there as a sink.")
+    ] = 0,
     buffer_tokens: Annotated[int, typer.Option(help="Activations that are mixed.")] = 2**17,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="The SAE's products in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and mixing.")] = 0,
@@ -53,9 +60,9 @@ def train(
     dtype: DtypeOption = None,
     progress: ProgressOption = None,
 ) -> None:
-    """Train sparse autoencoders. Killed at any point, the same command goes on where it was.
+    """Train sparse autoencoders. Killed, the same command goes on from the last checkpoint, five minutes back at most.
 
-    Under torchrun, data-parallel: --batch-size is each process's.
+    Under torchrun, data-parallel: --batch-size is each process's, and --device cuda the GPU of each.
 
     **Examples**
 
@@ -68,14 +75,14 @@ def train(
     import torch
 
     from interp.saes.architectures import ARCHITECTURES
-    from interp.saes.distributed import is_first_of_torchrun
+    from interp.saes.distributed import device_of_process, is_first_of_torchrun
     from interp.saes.training import train as train_saes
 
     if architecture not in ARCHITECTURES:
         raise ValueError(f"--architecture {architecture!r}: it is one of {', '.join(ARCHITECTURES)}")
     if tokens < 1:
         raise ValueError(f"--tokens {tokens}: give 1 at least")
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device_of_process(device), dtype)
     started = time.perf_counter()
     trained = train_saes(
         loaded,
@@ -84,6 +91,7 @@ def train(
         n_tokens=tokens,
         architecture=architecture,
         expansion=expansion,
+        d_sae=d_sae,
         k=k,
         l1=l1,
         target=target,
@@ -93,6 +101,7 @@ def train(
         dead_after_tokens=dead_after,
         resample_every=resample_every,
         length=length,
+        positions=slice(from_position, None),
         buffer_tokens=buffer_tokens,
         autocast=torch.bfloat16 if bfloat16 else None,
         seed=seed,

@@ -7,7 +7,7 @@ import sys
 from tqdm.auto import tqdm
 
 
-def progress_bar(total: int, description: str, unit: str, *, progress: bool | None) -> tqdm:
+def progress_bar(total: int, description: str, unit: str, *, progress: bool | None, done: int = 0) -> tqdm:
     """A bar to be used as a context and moved on with `update`.
 
     Args:
@@ -15,9 +15,11 @@ def progress_bar(total: int, description: str, unit: str, *, progress: bool | No
         description: what is being done.
         unit: what a step is.
         progress: whether to show it; None: in a terminal or notebook only.
+        done: steps taken before, which tell nothing of the time that others take.
     """
     shown = (sys.stderr.isatty() or in_notebook()) if progress is None else progress
-    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=not shown or total == 0)
+    hidden = not shown or total == 0
+    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=hidden, initial=done)
 
 
 def in_notebook() -> bool:

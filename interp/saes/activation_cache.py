@@ -3,33 +3,36 @@
 A cache is a folder with `manifest.json` and shards `shard-00000.safetensors`, each with the rows [row, d] of every
 site, the token ids [sequence, pos] and which of them were kept. A shard appears when it is whole and is then entered
 in the manifest, so that a run killed half-way goes on after the last whole shard. Rows are read through memory maps.
+One process at a time writes to a cache: another is refused.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interp.model import Model, Site
 from interp.patching.labels import model_provenance
 from interp.patching.progress import progress_bar
-from interp.saes.activations import LeftOut, Rows, digest_of_mask, digest_of_model, kept_tokens, rows_of
+from interp.patching.writing import only_writer, replace_text
+from interp.saes.activations import Keep, LeftOut, Rows, digest_of_mask, digest_of_model, keeper, rows_of
 from interp.saes.checkpoint import check_settings
 from interp.saes.distributed import rank_and_size
 from interp.saes.randomness import generator
-from interp.saes.text import Chunk, TextSource, open_text
+from interp.saes.text import Chunk, Text, TextSource, open_text
 
 FORMAT = "interp.activations"
 FORMAT_VERSION = 1
@@ -70,7 +73,15 @@ class ActivationCache:
     def text(self) -> str:
         """What its text is: by this trainings are told apart."""
         settings = self.manifest["settings"]
-        return f"{self.n_rows} cached tokens of {settings['text']} ({settings['weights']})"
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.n_rows} cached tokens of {settings['text']} ({digest})"
+
+    def check_model(self, model: Model) -> None:
+        """Raises ValueError unless the activations are this model's."""
+        found = self.manifest["settings"]["weights"]
+        if found != digest_of_model(model):
+            what = f"{self.folder} holds activations of {self.manifest['settings']['model']} ({found})"
+            raise ValueError(f"{what}; {model.name} has other weights, or another dtype: gather them again")
 
     def rows(self, site: str, indices: Int[Tensor, " row"]) -> Float[Tensor, "row d"]:
         """Rows by number, in the order asked for, as float32 on the CPU.
@@ -141,6 +152,10 @@ class CachedBatches:
         self._n_served = 0
         self._epoch: tuple[int, Tensor] | None = None
 
+    def widths(self) -> dict[Site, int]:
+        """Numbers a row of each site."""
+        return {site: self._cache.manifest["widths"][str(site)] for site in self._sites}
+
     def next_batch(self) -> Rows | None:
         """This process's share of the next batch. Rows that do not fill a last batch wait for another epoch."""
         epoch, number = divmod(self._n_served, self._cache.n_rows // self._batch_size)
@@ -192,7 +207,7 @@ def cache_activations(
     Args:
         model: the model.
         sites: names, short forms or patterns.
-        text: as for `train`.
+        text: as for `train`; read once.
         folder: made if need be.
         n_tokens: tokens to keep at least; it ends with the shard that reaches them, or with the text if that ends.
         mask: tokens to leave out (True), as for `train`.
@@ -207,14 +222,19 @@ def cache_activations(
         progress: show a progress bar; None: in a terminal or notebook only.
 
     Raises:
-        ValueError: before anything is run, if a setting does not fit, or the folder holds another cache.
+        ValueError: before anything is run, if a setting does not fit, or the folder holds another cache; if all of a
+            shard is left out.
+        BlockingIOError: if another process is writing to the folder.
+        FloatingPointError: naming the site, if an activation is not finite, or not in `dtype`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; it is one of {', '.join(DTYPES)}")
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens={n_tokens}; give 1 at least")
     wanted = model.site_names(sites)
-    opened = open_text(model, text, length=length, chunk_tokens=chunk_tokens, seed=seed)
+    opened = open_text(model, text, length=length, chunk_tokens=chunk_tokens, seed=seed, repeat=False)
     skipped = [int(one) for one in skip_tokens]
-    chunks_a_shard = max(1, shard_tokens // (opened.chunk_size * opened.length))
+    keep = keeper(opened, wanted, mask=mask, skip_tokens=skipped, positions=positions)
     settings = {
         "model": model.name,
         "weights": digest_of_model(model),
@@ -223,32 +243,39 @@ def cache_activations(
         "text": opened.name,
         "length": opened.length,
         "chunk_size": opened.chunk_size,
-        "chunks_a_shard": chunks_a_shard,
+        "chunks_a_shard": max(1, shard_tokens // (opened.chunk_size * opened.length)),
         "dtype": dtype,
         "mask": digest_of_mask(mask),
         "skip_tokens": skipped,
         "positions": str(positions),
         "seed": seed,
     }
-    manifest = _manifest_to_continue(Path(folder), settings, model_provenance(model))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with only_writer(Path(folder)):
+        manifest = _manifest_to_continue(Path(folder), settings, model_provenance(model))
+        _fill(Path(folder), manifest, model, wanted, opened, keep, n_tokens, progress)
+    return ActivationCache(folder)
 
-    def keep(chunk: Chunk) -> Tensor:
-        return kept_tokens(chunk, wanted, mask=mask, skip_tokens=skipped, positions=positions)
 
-    shards = manifest["shards"]
-    chunks = opened.chunks_from(len(shards) * chunks_a_shard)
+def _fill(
+    folder: Path,
+    manifest: dict[str, Any],
+    model: Model,
+    sites: Sequence[Site],
+    text: Text,
+    keep: Keep,
+    n_tokens: int,
+    progress: bool | None,
+) -> None:
+    """Add shards until there are so many tokens, or the text ends."""
+    settings, shards = manifest["settings"], manifest["shards"]
+    chunks = text.chunks_from(len(shards) * settings["chunks_a_shard"])
     n_rows = sum(shard["rows"] for shard in shards)
-    with progress_bar(n_tokens, "activations", "token", progress=progress) as bar:
-        bar.update(min(n_rows, n_tokens))
-        while n_rows < n_tokens:
-            held = list(itertools.islice(chunks, chunks_a_shard))
-            if not held:
-                break
-            tensors = _shard(model, held, wanted, keep, DTYPES[dtype])
-            _add_shard(Path(folder), manifest, tensors)
+    with progress_bar(n_tokens, "activations", "token", progress=progress, done=min(n_rows, n_tokens)) as bar:
+        while n_rows < n_tokens and (held := list(itertools.islice(chunks, settings["chunks_a_shard"]))):
+            _add_shard(folder, manifest, _shard(model, held, sites, keep, DTYPES[settings["dtype"]]))
             n_rows += shards[-1]["rows"]
             bar.update(shards[-1]["rows"])
-    return ActivationCache(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -277,7 +304,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _manifest_to_continue(folder: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a cache that was begun with the same settings, or a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         check_settings(manifest["settings"], settings, folder)
@@ -294,16 +320,17 @@ def _manifest_to_continue(folder: Path, settings: Mapping[str, Any], provenance:
 
 
 def _shard(
-    model: Model,
-    chunks: Sequence[Chunk],
-    sites: Sequence[Site],
-    keep: Callable[[Chunk], Bool[Tensor, "sequence pos"]],
-    dtype: torch.dtype,
+    model: Model, chunks: Sequence[Chunk], sites: Sequence[Site], keep: Keep, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    parts = [rows_of(model, chunk, sites, keep) for chunk in chunks]
+    tokens, kept = torch.cat([chunk.tokens for chunk in chunks]), [keep(chunk) for chunk in chunks]
+    if not any(bool(one.any()) for one in kept):
+        raise ValueError(f"all {tokens.numel()} tokens of a shard are left out: check mask, skip_tokens and positions")
+    parts = [rows_of(model, chunk.tokens, sites, one) for chunk, one in zip(chunks, kept, strict=True)]
     rows = {str(site): torch.cat([part[site] for part in parts]).to("cpu", dtype).contiguous() for site in sites}
-    tokens = torch.cat([chunk.tokens for chunk in chunks])
-    return {**rows, "tokens": tokens.to(torch.int32), "kept": torch.cat([keep(chunk) for chunk in chunks])}
+    for name, values in rows.items():
+        if not bool(values.isfinite().all()):
+            raise FloatingPointError(f"{name} has values beyond {dtype}: store them as bfloat16 or float32")
+    return {**rows, "tokens": tokens.to(torch.int32), "kept": torch.cat(kept)}
 
 
 def _add_shard(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -320,6 +347,4 @@ def _add_shard(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Ten
         "bytes": (folder / name).stat().st_size,
     }
     manifest["shards"].append(entry)
-    part = folder / f".{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    os.replace(part, folder / MANIFEST)
+    replace_text(json.dumps(manifest, indent=1), folder / MANIFEST)

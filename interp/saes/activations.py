@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,14 +26,18 @@ Rows = dict[Site, Tensor]
 
 LeftOut = (
     xr.DataArray
-    | Bool[Tensor, "sequence pos"]
+    | Bool[Tensor, "text_sequence pos"]
     | Callable[[Int[Tensor, "sequence pos"]], xr.DataArray | Bool[Tensor, "sequence pos"]]
 )
 """Tokens to leave out (True), as `interp.sinks.mask` gives them: for the whole text, or a function of its tokens."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Where training takes its batches from."""
+
+    def widths(self) -> dict[Site, int]:
+        """Numbers a row of each site; costs little."""
 
     def next_batch(self) -> Rows | None:
         """This process's share of the next batch; None when the text has ended."""
@@ -85,37 +90,47 @@ def gather(
     return seen
 
 
-def kept_tokens(
-    chunk: Chunk,
-    sites: Sequence[Site],
-    *,
-    mask: LeftOut | None,
-    skip_tokens: Sequence[int],
-    positions: slice,
-) -> Bool[Tensor, "sequence pos"]:
-    """Which tokens of a chunk are trained on: not left out by mask, by id (BOS, padding) or by position.
+Keep = Callable[[Chunk], Bool[Tensor, "sequence pos"]]
+"""Which tokens of a chunk are trained on."""
+
+
+def keeper(
+    text: Text, sites: Sequence[Site], *, mask: LeftOut | None, skip_tokens: Sequence[int], positions: slice
+) -> Keep:
+    """Which tokens are trained on: not left out by mask, by id (BOS, padding) or by position.
 
     A mask [layer, prompt, position] leaves out what is marked in the layer of any of the sites.
 
     Raises:
-        ValueError: if the mask does not fit the text.
+        ValueError: before anything is read, if the mask does not fit the text or no position is left; a function's
+            mask is looked at when it comes.
     """
+    if not range(text.length)[positions]:
+        raise ValueError(f"{positions} names no position; positions run 0..{text.length - 1}")
+    if mask is not None and not callable(mask):
+        if text.n_sequences is None:
+            what = "a mask of all tokens needs text given as token ids"
+            raise ValueError(f"{what}; give a function of the tokens instead")
+        mask = _marked(mask, sites)
+        _check_size(mask, text.n_sequences, text.length)
+    skipped = torch.tensor(list(skip_tokens), dtype=torch.long)
+    return partial(_kept, sites=sites, mask=mask, skipped=skipped, positions=positions)
+
+
+def _kept(
+    chunk: Chunk,
+    sites: Sequence[Site],
+    mask: Bool[Tensor, "text_sequence pos"] | Callable[[Tensor], xr.DataArray | Tensor] | None,
+    skipped: Int[Tensor, " id"],
+    positions: slice,
+) -> Bool[Tensor, "sequence pos"]:
     at_position = torch.zeros(chunk.tokens.shape[1], dtype=torch.bool)
     at_position[positions] = True
-    kept = at_position.expand(chunk.tokens.shape)
-    if skip_tokens:
-        kept = kept & ~torch.isin(chunk.tokens, torch.tensor(list(skip_tokens)))
+    kept = at_position & ~torch.isin(chunk.tokens.long(), skipped)
     if mask is None:
         return kept
-    left_out = _marked(mask(chunk.tokens) if callable(mask) else mask, sites)
-    if not callable(mask):
-        if chunk.rows is None:
-            raise ValueError(
-                "a mask of all tokens needs text given as token ids; give a function of the tokens instead"
-            )
-        left_out = left_out[chunk.rows] if len(left_out) > int(chunk.rows.max()) else left_out
-    if left_out.shape != kept.shape:
-        raise ValueError(f"the mask marks {tuple(left_out.shape)} tokens; the text has {tuple(kept.shape)} here")
+    left_out = mask[chunk.rows] if isinstance(mask, Tensor) else _marked(mask(chunk.tokens), sites)
+    _check_size(left_out, *kept.shape)
     return kept & ~left_out
 
 
@@ -123,23 +138,43 @@ def _marked(mask: xr.DataArray | Tensor, sites: Sequence[Site]) -> Bool[Tensor, 
     if isinstance(mask, Tensor):
         return mask.cpu().bool()
     if "layer" in mask.dims:
-        mask = mask.sel(layer=sorted({site.layer for site in sites if site.layer is not None})).any("layer")
+        layers = sorted({site.layer for site in sites if site.layer is not None})
+        known = mask.get_index("layer").tolist()
+        missing = [layer for layer in layers if layer not in known]
+        if missing or not layers:
+            what = f"layer {missing[0]}" if missing else f"layer for {sites[0]}"
+            raise ValueError(f"the mask has no {what}; it has {known}: make it for the sites' layers")
+        mask = mask.sel(layer=layers).any("layer")
     return torch.from_numpy(np.asarray(mask.transpose("prompt", "position").values)).bool()
+
+
+def _check_size(mask: Tensor, n_sequences: int, length: int) -> None:
+    if mask.shape != (n_sequences, length):
+        raise ValueError(f"the mask marks {tuple(mask.shape)} tokens; the text has {(n_sequences, length)} here")
 
 
 def digest_of_mask(mask: LeftOut | None) -> str | None:
     """What a checkpoint remembers of a mask; functions are all alike to it."""
     if mask is None or callable(mask):
         return None if mask is None else "function"
-    return hashlib.sha256(np.ascontiguousarray(mask, dtype=bool).tobytes()).hexdigest()[:16]
+    values = mask.cpu() if isinstance(mask, Tensor) else mask
+    return hashlib.sha256(np.ascontiguousarray(values, dtype=bool).tobytes()).hexdigest()[:16]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest_of_model(model: Model) -> str:
-    """Tells models apart by a few values of each of their weights."""
+    """Tells models apart by all their weights: the first of each as they are, the sum of the bits of the others.
+
+    Reads every weight once, where it is; of one that is not in memory, name and shape only.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.hf.named_parameters():
-        values = parameter.detach().flatten()[:64].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            bits = parameter.detach().reshape(-1).view(_BITS[parameter.element_size()])
+            digest.update(bits[:64].cpu().numpy().tobytes() + str(int(bits.sum(dtype=torch.int64))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -158,7 +193,6 @@ class Buffer:
         batch_size: rows a batch, of all processes together.
         seed: of the mixing.
         device: where the rows are held.
-        dtype: what they are held as, and served as float32.
 
     Raises:
         ValueError: if the capacity is too small.
@@ -170,12 +204,11 @@ class Buffer:
         text: Text,
         sites: Sequence[Site],
         *,
-        keep: Callable[[Chunk], Bool[Tensor, "sequence pos"]],
+        keep: Keep,
         capacity: int,
         batch_size: int,
         seed: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._most = text.chunk_size * text.length
         least = max(2 * batch_size, 4 * self._most)
@@ -186,7 +219,7 @@ class Buffer:
             )
         self._model, self._text, self._sites, self._keep = model, text, list(sites), keep
         self._capacity, self._batch_size, self._seed = capacity, batch_size, seed
-        self._device, self._dtype = device, dtype
+        self._device = device
         self._store: Rows = {}
         self._order = torch.empty(0, dtype=torch.long)
         self._free = torch.arange(capacity)
@@ -194,13 +227,17 @@ class Buffer:
         self._chunks: Iterator[Chunk] | None = None
         self._ended = False
 
+    def widths(self) -> dict[Site, int]:
+        """Numbers a row of each site, from a forward pass of one token."""
+        found = gather(self._model, torch.zeros(1, 1, dtype=torch.long), self._sites)
+        return {site: values.shape[-1] for site, values in found.items()}
+
     def next_batch(self) -> Rows | None:
         """This process's share of the next batch; None when the text has ended."""
-        left = len(self._order) - self._served
-        if not self._ended and left < max(self._capacity // 2, self._batch_size):
+        # Of chunks of which little is kept, one filling is not enough.
+        while not self._ended and self._n_left < max(self._capacity // 2, self._batch_size):
             self._refill()
-            left = len(self._order)
-        if left < self._batch_size:
+        if self._n_left < self._batch_size:
             return None
         rank, size = rank_and_size()
         batch = self._order[self._served : self._served + self._batch_size].chunk(size)[rank]
@@ -231,13 +268,17 @@ class Buffer:
             self._place(site, torch.arange(n_rows), rows)
         self._order, self._free = torch.arange(n_rows), torch.arange(n_rows, self._capacity)
 
+    @property
+    def _n_left(self) -> int:
+        return len(self._order) - self._served
+
     def _take(self, slots: Int[Tensor, " row"]) -> Rows:
-        return {site: store[slots.to(store.device)].float() for site, store in self._store.items()}
+        return {site: store[slots.to(store.device)] for site, store in self._store.items()}
 
     def _place(self, site: Site, slots: Int[Tensor, " row"], rows: Float[Tensor, "row d"]) -> None:
         if site not in self._store:
-            self._store[site] = torch.empty(self._capacity, rows.shape[1], dtype=self._dtype, device=self._device)
-        self._store[site][slots.to(self._device)] = rows.to(self._device, self._dtype)
+            self._store[site] = torch.empty(self._capacity, rows.shape[1], device=self._device)
+        self._store[site][slots.to(self._device)] = rows.to(self._device, torch.float32)
 
     def _refill(self) -> None:
         """Read as many chunks as are sure to fit, whatever the number of processes, and draw the order anew."""
@@ -269,7 +310,8 @@ class Buffer:
         for first in range(0, len(chunks), size):
             mine = first + rank
             # Where chunks run out for some processes, they run one again and hand over nothing of it.
-            own = rows_of(self._model, chunks[min(mine, len(chunks) - 1)], self._sites, self._keep)
+            chunk = chunks[min(mine, len(chunks) - 1)]
+            own = rows_of(self._model, chunk.tokens, self._sites, self._keep(chunk))
             n_own = None if mine < len(chunks) else 0
             parts = {site: exchange_rows(values[:n_own], self._most) for site, values in own.items()}
             for part in range(min(size, len(chunks) - first)):
@@ -277,8 +319,7 @@ class Buffer:
 
 
 def rows_of(
-    model: Model, chunk: Chunk, sites: Sequence[Site], keep: Callable[[Chunk], Bool[Tensor, "sequence pos"]]
+    model: Model, tokens: Int[Tensor, "sequence pos"], sites: Sequence[Site], kept: Bool[Tensor, "sequence pos"]
 ) -> Rows:
-    """Rows of the tokens of a chunk that are kept, in reading order."""
-    kept = keep(chunk)
-    return {site: values[kept.to(values.device)] for site, values in gather(model, chunk.tokens, sites).items()}
+    """Rows of the tokens that are kept, in reading order."""
+    return {site: values[kept.to(values.device)] for site, values in gather(model, tokens, sites).items()}

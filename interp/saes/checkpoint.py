@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "interp.sae.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE = "checkpoint.safetensors"
 
 
@@ -64,7 +64,7 @@ def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
         return Checkpoint(about["step"], about["settings"], about["values"], tensors)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a checkpoint of this interp: {error}") from None
 
 

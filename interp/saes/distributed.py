@@ -2,8 +2,9 @@
 
 The model's forward passes are shared out by chunk and their rows exchanged, so that every process holds the same
 buffer; of a global batch each takes its own part. Gradients are averaged, and which features fired is a maximum over
-all. So two processes with batch b do what one does with batch 2b, for every architecture whose features depend on one
-token at a time (BatchTopK compares the tokens of one process's share only).
+all. So two processes with batch b do what one does with batch 2b, where features and loss are of one token at a time.
+What is of a batch is of each process's share, and differs by what shares differ: BatchTopK and Matryoshka select within
+it, and with `target_l0` JumpReLU compares its L0.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ def is_first_of_torchrun() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def device_of_process(device: str | None) -> str | None:
+    """This process's own GPU under torchrun, where the device is "cuda" without a number; else the device."""
+    number = os.environ.get("LOCAL_RANK")
+    return f"cuda:{number}" if device == "cuda" and number is not None else device
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace every gradient by its mean over all processes; one exchange a parameter."""
     size = rank_and_size()[1]
@@ -65,7 +72,7 @@ def any_process(flags: Bool[Tensor, " entry"]) -> Bool[Tensor, " entry"]:
     return counts.bool()
 
 
-def mean_over_processes(values: Float[Tensor, " entry"]) -> Float[Tensor, " entry"]:
+def mean_over_processes(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """The mean of every entry."""
     size = rank_and_size()[1]
     if size == 1:

@@ -16,6 +16,7 @@ from interp.saes.checkpoint import optimiser_tensors, restore_optimiser
 from interp.saes.decoder import normalise_decoder, remove_parallel_gradient
 from interp.saes.distributed import average_gradients, mean_over_processes
 from interp.saes.folding import fold_input_scale
+from interp.saes.jumprelu import JumpReLUSAE
 from interp.saes.losses import Loss
 from interp.saes.recipe import Recipe
 from interp.saes.resampling import FiringRecord, resample
@@ -30,31 +31,38 @@ class Learner:
         site: where its input is read.
         target_site: what a transcoder predicts; None for an autoencoder.
         recipe: how it is trained.
-        rows: activations to begin from: their mean becomes b_dec, their size the scale.
+        widths: numbers a row, by site.
         device: where it is trained.
+
+    It is ready after `start` or `restore`.
     """
 
     def __init__(
-        self, site: Site, target_site: Site | None, recipe: Recipe, rows: Mapping[Site, Tensor], device: torch.device
+        self, site: Site, target_site: Site | None, recipe: Recipe, widths: Mapping[Site, int], device: torch.device
     ) -> None:
         self.site, self.target_site, self.recipe = site, target_site, recipe
-        d_in = rows[site].shape[1]
+        d_in = widths[site]
         d_sae = recipe.features(d_in)
-        self.scale = 1.0
-        if recipe.normalise:
-            self.scale = float(d_in**0.5 / rows[site].norm(dim=-1).mean())
-        more = {} if target_site is None else {"target_site": str(target_site), "d_out": rows[target_site].shape[1]}
+        self._scale = self._target_scale = 1.0
+        more = {} if target_site is None else {"target_site": str(target_site), "d_out": widths[target_site]}
         settings = {**recipe.settings, **more}
         self.sae: SAE = make(recipe.architecture, d_in, d_sae, seed=recipe.seed, site=str(site), **settings).to(device)
-        with torch.no_grad():
-            self.sae.b_dec.copy_(self._pair(rows)[1].mean(0))
-            if recipe.unit_decoder:
-                normalise_decoder(self.sae)
         self.rate = recipe.rate(d_sae)
         self.parameters = [one for one in self.sae.parameters() if one.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=self.rate, fused=True)
         self.firing = FiringRecord(d_sae, device)
         self._resampled: list[int] = []
+
+    def start(self, rows: Mapping[Site, Tensor]) -> None:
+        """Begin from activations: their size gives the scale, their mean b_dec."""
+        if self.recipe.normalise:
+            self._scale, self._target_scale = (
+                float(one.shape[1] ** 0.5 / one.norm(dim=-1).mean()) for one in self._pair(rows)
+            )
+        with torch.no_grad():
+            self.sae.b_dec.copy_(self._pair(rows)[1].mean(0))
+            if self.recipe.unit_decoder:
+                normalise_decoder(self.sae)
 
     def step(self, step: int, rows: Mapping[Site, Tensor]) -> Loss:
         """One step on this process's share of a batch; steps count from 0."""
@@ -75,6 +83,9 @@ class Learner:
         with torch.no_grad():
             if recipe.unit_decoder:
                 normalise_decoder(self.sae)
+            if isinstance(self.sae, JumpReLUSAE):
+                # Below 0 the penalty would count pre-activations that are off.
+                self.sae.threshold.clamp_(min=0)
             # A threshold that follows the activations is each process's own until here.
             for one in self.sae.buffers():
                 one.copy_(mean_over_processes(one))
@@ -90,18 +101,20 @@ class Learner:
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
-        """Features that have not fired for `dead_after_tokens`."""
-        return self.firing.dead(self.recipe.dead_after_tokens)
+        """Features that have not fired for as many tokens as the recipe says."""
+        return self.firing.dead(self.recipe.dead_after)
 
     def resample(self, step: int, rows: Mapping[Site, Tensor]) -> int:
         """Give features that did not fire since the last resampling a new start; how many there were."""
         recipe = self.recipe
         x, target = self._pair(rows)
         dead = self.firing.dead((recipe.resample_every or 0) * recipe.batch_size)
-        n = resample(self.sae, self.optimiser, dead, x, target, batch_size=recipe.batch_size, seed=recipe.seed + step)
-        self.firing.tokens_since[:] = 0
+        chosen = resample(
+            self.sae, self.optimiser, dead, x, target, batch_size=recipe.batch_size, seed=recipe.seed + step
+        )
+        self.firing.tokens_since[chosen] = 0
         self._resampled.append(step)
-        return n
+        return len(chosen)
 
     def numbers(self, loss: Loss, rows: Mapping[Site, Tensor]) -> dict[str, float]:
         """What the log says of a step, over all processes."""
@@ -125,8 +138,8 @@ class Learner:
     def finished(self, metadata: Mapping[str, Any]) -> SAE:
         """The SAE for activations as they are: the scale of its input folded into its weights."""
         sae = self.sae
-        if self.scale != 1:
-            sae = fold_input_scale(sae, self.scale, target_scale=self.scale if self.target_site is None else 1.0)
+        if self.recipe.normalise:
+            sae = fold_input_scale(sae, self._scale, target_scale=self._target_scale)
         sae.metadata = {**sae.metadata, **metadata}
         return sae.eval()
 
@@ -138,7 +151,7 @@ class Learner:
             **weights,
             **optimiser,
             "tokens_since": self.firing.tokens_since,
-            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "scales": torch.tensor([self._scale, self._target_scale], dtype=torch.float64),
             "resampled": torch.tensor(self._resampled, dtype=torch.long),
         }
 
@@ -147,7 +160,7 @@ class Learner:
         self.sae.load_state_dict(_below("sae.", state))
         restore_optimiser(self.optimiser, _below("optimiser.", state))
         self.firing.tokens_since.copy_(state["tokens_since"])
-        self.scale = float(state["scale"])
+        self._scale, self._target_scale = state["scales"].tolist()
         self._resampled = state["resampled"].tolist()
 
     def _loss(self, x: Float[Tensor, "token d_in"], target: Float[Tensor, "token d_out"]) -> Loss:
@@ -156,8 +169,13 @@ class Learner:
             return self.sae.loss(x, target, dead=self.dead)
 
     def _pair(self, rows: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
-        x = rows[self.site] * self.scale if self.scale != 1 else rows[self.site]
-        return x, x if self.target_site is None else rows[self.target_site]
+        """Input and target, scaled."""
+        x = _scaled(rows[self.site], self._scale)
+        return x, x if self.target_site is None else _scaled(rows[self.target_site], self._target_scale)
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    return rows if scale == 1 else rows * scale
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from interp.saes.architectures import INITIAL_THRESHOLD
 from interp.saes.distributed import any_process
 from interp.saes.randomness import generator
 from interp.saes.sae import SAE
@@ -40,12 +41,12 @@ def resample(
     *,
     batch_size: int,
     seed: int,
-) -> int:
+) -> Int[Tensor, " chosen"]:
     """Point dead features at tokens that are badly reconstructed, and forget what the optimiser knew of them.
 
     A token is drawn with a probability in proportion to the square of its squared error, each once. The decoder row
     becomes its direction (target − b_dec, unit norm), the encoder column the same direction of the input at a fifth of
-    the mean norm of living encoders, the bias 0.
+    the mean norm of living encoders, biases 0 and a threshold what a new SAE has.
 
     Args:
         sae: changed in place.
@@ -57,7 +58,7 @@ def resample(
         seed: of the draw.
 
     Returns:
-        How many were resampled: all, unless fewer tokens are reconstructed imperfectly.
+        Which were resampled: all, unless fewer tokens are reconstructed imperfectly; none if no feature lives.
 
     Source: Bricken et al. 2023 (Towards Monosemanticity), as in Kissane et al. 2024.
     """
@@ -68,23 +69,22 @@ def resample(
         ]
     )
     weights = (error / error.max()).square().cpu()
-    n = min(int(dead.sum()), int((weights > 0).sum()))
     alive = ~dead
-    if n == 0 or not bool(alive.any()):
-        return 0
-    tokens = torch.multinomial(weights, n, generator=generator(seed, "resample")).to(x.device)
-    chosen = dead.nonzero().squeeze(-1)[:n]
+    chosen = dead.nonzero().squeeze(-1)[: int((weights > 0).sum())]
+    if not len(chosen) or not bool(alive.any()):
+        return chosen[:0]
+    tokens = torch.multinomial(weights, len(chosen), generator=generator(seed, "resample")).to(x.device)
     size = ENCODER_SHARE * sae.W_enc[:, alive].norm(dim=0).mean()
     sae.W_dec[chosen] = _unit(target[tokens] - sae.b_dec)
     sae.W_enc[:, chosen] = (_unit(sae.encoder_input(x[tokens])) * size).T
-    vectors = [getattr(sae, name) for name in sae.feature_vectors]
-    for vector in vectors:
-        vector[chosen] = 0
-    for parameter in (sae.W_dec, sae.W_enc, *vectors):
+    vectors = {name: sae.get_parameter(name) for name in sae.feature_vectors}
+    for name, vector in vectors.items():
+        vector[chosen] = INITIAL_THRESHOLD if name == "threshold" else 0
+    for parameter in (sae.W_dec, sae.W_enc, *vectors.values()):
         for average in optimiser.state.get(parameter, {}).values():
             if isinstance(average, Tensor) and average.shape == parameter.shape:
                 average[(slice(None), chosen) if parameter is sae.W_enc else chosen] = 0
-    return n
+    return chosen
 
 
 def _unit(vectors: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:

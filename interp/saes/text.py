@@ -21,6 +21,9 @@ from interp.tasks import natural_text
 TextSource = Int[Tensor, "sequence pos"] | Iterable[Int[Tensor, "sequence pos"]] | str | Path
 """Token ids of one length, an iterable of such tensors, or a name: "natural", a folder or file of text, a data set."""
 
+PIECE = 2**20
+"""Characters of a file that are tokenised at once, about."""
+
 
 class Chunk(NamedTuple):
     """Sequences for one forward pass."""
@@ -35,16 +38,20 @@ class Text:
     """Text as chunks."""
 
     name: str
-    """What it is, for manifests; of token ids a digest."""
+    """What it is, for manifests: by this it is known again. Of token ids a digest, of files their number and size."""
     length: int
     """Tokens a sequence."""
     chunk_size: int
     """Sequences a chunk, at most."""
     chunks_from: Callable[[int], Iterator[Chunk]]
-    """The chunks from this number on. All but iterators begin again at their end."""
+    """The chunks from this number on."""
+    n_sequences: int | None = None
+    """Of the tensor given; None for text that is not one tensor."""
 
 
-def open_text(model: Model, text: TextSource, *, length: int, chunk_tokens: int, seed: int) -> Text:
+def open_text(
+    model: Model, text: TextSource, *, length: int, chunk_tokens: int, seed: int, repeat: bool = True
+) -> Text:
     """Text of any form as chunks.
 
     * token ids [sequence, pos]: in a new order every epoch;
@@ -62,49 +69,58 @@ def open_text(model: Model, text: TextSource, *, length: int, chunk_tokens: int,
         length: tokens a sequence of text; of token ids it is their own.
         chunk_tokens: tokens a chunk, about: one sequence at least.
         seed: of the order of token ids.
+        repeat: all but iterables begin again at their end.
 
     Raises:
-        ValueError: if there is no such text, or it is empty.
+        ValueError: if there is no such text, it is empty, or it is not token ids.
     """
-    chunk_size = max(1, chunk_tokens // length)
-    if isinstance(text, str) and text == "natural":
-        tokens = natural_text(model, None, length).cpu()
-        return Text("natural", length, chunk_size, _shuffled(tokens, chunk_size, seed))
     if isinstance(text, str | Path):
-        name, documents = _documents(text)
-
-        def rows() -> Iterator[Tensor]:
-            found = False
-            while True:
-                for row in _rows(model, documents(), length):
-                    found = True
-                    yield row[None]
-                if not found:
-                    raise ValueError(f"{name} holds less than {length} tokens of text")
-
-        return Text(name, length, chunk_size, _in_order(rows, chunk_size))
+        if length < 2:
+            raise ValueError(f"length={length}; a row of text has 2 tokens or more")
+        if str(text) == "natural":
+            return _ids("natural text", natural_text(model, None, length), chunk_tokens, seed, repeat)
+        return _documents(model, text, length, max(1, chunk_tokens // length), repeat)
     if isinstance(text, Tensor):
-        if text.dim() != 2 or text.numel() == 0:
-            raise ValueError(f"the text has shape {tuple(text.shape)}; token ids are [sequence, pos]")
-        ids = text.cpu()
-        name = f"tokens {hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()[:16]}"
-        chunk_size = max(1, chunk_tokens // ids.shape[1])
-        return Text(name, ids.shape[1], chunk_size, _shuffled(ids, chunk_size, seed))
+        _check_ids(text)
+        return _ids("tokens", text, chunk_tokens, seed, repeat)
     given = iter(text)
     first = next(given, None)
     if first is None:
         raise ValueError("the text holds nothing: the iterable gave no tensor")
+    _check_ids(first)
     chunk_size = max(1, chunk_tokens // first.shape[1])
-    return Text("iterable", first.shape[1], chunk_size, _in_order(lambda: itertools.chain([first], given), chunk_size))
+    name = f"iterable that begins with {_digest(first)}"
+    return Text(name, first.shape[1], chunk_size, _in_order(lambda: itertools.chain([first], given), chunk_size))
 
 
-def _shuffled(tokens: Int[Tensor, "sequence pos"], size: int, seed: int) -> Callable[[int], Iterator[Chunk]]:
+def _ids(kind: str, given: Int[Tensor, "sequence pos"], chunk_tokens: int, seed: int, repeat: bool) -> Text:
+    ids = given.cpu()
+    size = max(1, chunk_tokens // ids.shape[1])
+    return Text(f"{kind} {_digest(ids)}", ids.shape[1], size, _shuffled(ids, size, seed, repeat), n_sequences=len(ids))
+
+
+def _check_ids(text: Any) -> None:
+    if not isinstance(text, Tensor):
+        what = f"the text is an iterable of {type(text).__name__}"
+        raise ValueError(f"{what}; give tensors of token ids [sequence, pos], or a folder of .txt files")
+    if text.dim() != 2 or text.numel() == 0 or text.is_floating_point():
+        raise ValueError(f"the text has shape {tuple(text.shape)}, {text.dtype}; token ids are [sequence, pos]")
+
+
+def _digest(ids: Int[Tensor, "sequence pos"]) -> str:
+    return hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest()[:16]
+
+
+def _shuffled(
+    tokens: Int[Tensor, "sequence pos"], size: int, seed: int, repeat: bool
+) -> Callable[[int], Iterator[Chunk]]:
     a_epoch = -(-len(tokens) // size)
 
     def chunks(start: int) -> Iterator[Chunk]:
-        for epoch in itertools.count(start // a_epoch):
+        begin = start // a_epoch
+        for epoch in itertools.count(begin) if repeat else range(begin, 1):
             order = torch.randperm(len(tokens), generator=generator(seed, "text", epoch)).split(size)
-            first = start % a_epoch if epoch == start // a_epoch else 0
+            first = start % a_epoch if epoch == begin else 0
             for rows in order[first:]:
                 yield Chunk(tokens[rows], rows)
 
@@ -127,26 +143,55 @@ def _in_order(tensors: Callable[[], Iterator[Tensor]], size: int) -> Callable[[i
     return lambda start: itertools.islice(pieces(), start, None)
 
 
-def _documents(text: str | Path) -> tuple[str, Callable[[], Iterator[str]]]:
-    path = Path(text)
+def _documents(model: Model, text: str | Path, length: int, chunk_size: int, repeat: bool) -> Text:
+    """Rows of files or of a data set."""
+    name, documents = _files(Path(text)) or _data_set(str(text))
+
+    def rows() -> Iterator[Tensor]:
+        found = False
+        while True:
+            for row in _rows(model, documents(), length):
+                found = True
+                yield row[None]
+            if not found:
+                raise ValueError(f"{name} holds less than {length} tokens of text")
+            if not repeat:
+                return
+
+    return Text(name, length, chunk_size, _in_order(rows, chunk_size))
+
+
+def _files(path: Path) -> tuple[str, Callable[[], Iterator[str]]] | None:
     files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path] if path.is_file() else []
-    if files:
-        return str(text), lambda: (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    if not files:
+        return None
+    size = sum(file.stat().st_size for file in files)
+    return f"{path} ({len(files)} files, {size} bytes)", lambda: itertools.chain.from_iterable(map(_pieces, files))
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    """A file's text in pieces that end with a line: a file of gigabytes is neither held nor tokenised at once."""
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        while lines := opened.readlines(PIECE):
+            yield "".join(lines)
+
+
+def _data_set(name: str) -> tuple[str, Callable[[], Iterator[str]]]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise ValueError(
-            f"{str(text)!r} is neither 'natural' nor a folder of .txt files; for data sets: pip install datasets"
+            f"{name!r} is neither 'natural' nor a folder of .txt files; for data sets: pip install datasets"
         ) from None
 
     def stream() -> Iterator[str]:
-        rows: Any = datasets.load_dataset(str(text), split="train", streaming=True)
+        rows: Any = datasets.load_dataset(name, split="train", streaming=True)
         for row in rows:
             if "text" not in row:
-                raise ValueError(f"{text}: its rows have no column 'text'; they have {', '.join(row)}")
+                raise ValueError(f"{name}: its rows have no column 'text'; they have {', '.join(row)}")
             yield row["text"]
 
-    return str(text), stream
+    return name, stream
 
 
 def _rows(model: Model, documents: Iterable[str], length: int) -> Iterator[Int[Tensor, " pos"]]:

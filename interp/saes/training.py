@@ -12,19 +12,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack, overload
 
 import torch
 
 from interp.model import Model, Site
+from interp.patching.writing import only_writer
 from interp.saes.activation_cache import ActivationCache
-from interp.saes.activations import Batches, Buffer, LeftOut, digest_of_mask, kept_tokens
+from interp.saes.activations import Batches, Buffer, LeftOut, digest_of_mask, keeper
 from interp.saes.distributed import process_group
 from interp.saes.recipe import Recipe
 from interp.saes.sae import SAE
-from interp.saes.text import TextSource, open_text
+from interp.saes.text import Text, TextSource, open_text
 from interp.saes.training_run import TrainingRun
 
 
@@ -48,7 +49,7 @@ class TrainingOptions(TypedDict, total=False):
     clip: float | None
     unit_decoder: bool
     normalise: bool
-    dead_after_tokens: int
+    dead_after_tokens: int | None
     resample_every: int | None
     resample_times: int
     mask: LeftOut | None
@@ -96,7 +97,7 @@ def train(
     clip: float | None = 1.0,
     unit_decoder: bool = True,
     normalise: bool = False,
-    dead_after_tokens: int = 10_000_000,
+    dead_after_tokens: int | None = None,
     resample_every: int | None = None,
     resample_times: int = 4,
     mask: LeftOut | None = None,
@@ -134,15 +135,18 @@ def train(
         settings: further numbers of the architecture, by name.
         target: what a transcoder predicts; with one site only.
         batch_size: tokens a step, of each process.
-        learning_rate: by default 2e-4, less in wide SAEs as 1 / √d_sae from 16,384 features.
+        learning_rate: by default 2e-4 * √(16,384 / d_sae).
         warm_up: steps of linear warm-up, at the start and after resampling; by default 1000, at most a tenth of all.
         decay: last steps, in which the learning rate falls to 0 linearly; by default a fifth of all.
         sparsity_warm_up: steps in which the sparsity penalty rises to its full size.
         clip: norm that all gradients together are cut to; None: never.
         unit_decoder: keep decoder rows at norm 1, with gradients projected on what that leaves free.
-        normalise: train on activations scaled to a mean norm of √d; the scale is folded into the result.
-        dead_after_tokens: a feature that has not fired for so many tokens is dead, for AuxK and in the log.
-        resample_every: steps between resamplings of features that never fired since the one before; None: none.
+        normalise: train on activations (and targets) scaled to a mean norm of √d; the result reads and returns them as
+            they are, its decoder rows longer or shorter than 1 by as much.
+        dead_after_tokens: a feature that has not fired for so many tokens is dead, for AuxK and in the log; by default
+            ten million, at most a tenth of n_tokens.
+        resample_every: steps between resamplings of features that never fired since the one before; None: none. Draws
+            from a hundred batches at once, or from what the buffer holds.
         resample_times: resamplings at most.
         mask: tokens to leave out (True), e.g. of `interp.sinks.mask`, or a function from token ids to them.
         skip_tokens: token ids to leave out: BOS, padding (on the right).
@@ -163,7 +167,9 @@ def train(
         The SAE; for a sequence of sites a dict by site.
 
     Raises:
-        ValueError: if sites, sizes or settings do not fit, or the folder holds a training with other settings.
+        ValueError: before anything is run, if sites, sizes or settings do not fit, the cache is of another model, or
+            the folder holds a training with other settings; if the text has no batch of tokens.
+        BlockingIOError: if another training is writing to the folder.
 
     Source: recipes of Kissane et al. 2024 (arXiv 2406.17759) and Gao et al. 2024 (arXiv 2406.04093).
     """
@@ -188,36 +194,69 @@ def train(
         autocast=None if autocast is None else str(autocast).removeprefix("torch."),
         seed=seed,
     )
+    for name, value in {"log_every": log_every, "length": length, "chunk_tokens": chunk_tokens}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; give 1 or more")
     pairs = _sites(model, site, target)
     sites = list(dict.fromkeys(one for pair in pairs for one in pair if one is not None))
     where = model.device if device is None else torch.device(device)
-    with process_group(where) as (_, n_processes):
+    folder = None if out is None else Path(out)
+    with process_group(where) as (rank, n_processes):
         recipe = recipe.for_processes(n_processes)
-        reading: dict[str, Any] = {}
         if isinstance(text, ActivationCache):
             if mask is not None or skip_tokens or positions != slice(None):
                 raise ValueError("a cache holds the tokens that were kept when it was made: choose them there")
-            reading["text"] = text.text
-            batches: Batches = text.batches(sites, batch_size=recipe.batch_size, seed=seed, device=where)
+            text.check_model(model)
+            reading: dict[str, Any] = {"text": text.text}
+            batches: Batches = text.batches(sites, batch_size=recipe.batch_size, seed=recipe.seed, device=where)
         else:
-            opened = open_text(model, text, length=length, chunk_tokens=chunk_tokens, seed=seed)
-            skipped = [int(one) for one in skip_tokens]
-            reading |= {"text": opened.name, "length": opened.length, "chunk": opened.chunk_size}
-            reading |= {"buffer_tokens": buffer_tokens, "skip_tokens": skipped, "positions": str(positions)}
-            reading["mask"] = digest_of_mask(mask)
-            batches = Buffer(
-                model,
-                opened,
-                sites,
-                keep=partial(kept_tokens, sites=sites, mask=mask, skip_tokens=skipped, positions=positions),
-                capacity=buffer_tokens,
-                batch_size=recipe.batch_size,
-                seed=seed,
-                device=where,
-            )
-        run = TrainingRun(model, pairs, recipe, reading, batches, device=where, out=None if out is None else Path(out))
-        trained = run.complete(log_every=log_every, checkpoint_seconds=checkpoint_seconds, progress=progress)
+            opened = open_text(model, text, length=length, chunk_tokens=chunk_tokens, seed=recipe.seed)
+            chosen: _Chosen = {"mask": mask, "skip_tokens": [int(one) for one in skip_tokens], "positions": positions}
+            reading, batches = _buffer(model, opened, sites, chosen, buffer_tokens, recipe, where)
+        with _alone(folder if rank == 0 else None):
+            run = TrainingRun(model, pairs, recipe, reading, batches, device=where, out=folder)
+            trained = run.complete(log_every=log_every, checkpoint_seconds=checkpoint_seconds, progress=progress)
     return trained[str(pairs[0][0])] if isinstance(site, str) else trained
+
+
+class _Chosen(TypedDict):
+    """Which tokens."""
+
+    mask: LeftOut | None
+    skip_tokens: list[int]
+    positions: slice
+
+
+def _buffer(
+    model: Model,
+    text: Text,
+    sites: Sequence[Site],
+    chosen: _Chosen,
+    capacity: int,
+    recipe: Recipe,
+    device: torch.device,
+) -> tuple[dict[str, Any], Buffer]:
+    """What the batches depend on, and where they come from."""
+    reading = {
+        "text": text.name,
+        "length": text.length,
+        "chunk": text.chunk_size,
+        "buffer_tokens": capacity,
+        "mask": digest_of_mask(chosen["mask"]),
+        "skip_tokens": chosen["skip_tokens"],
+        "positions": str(chosen["positions"]),
+    }
+    keep = keeper(text, sites, **chosen)
+    size, seed = recipe.batch_size, recipe.seed
+    return reading, Buffer(model, text, sites, keep=keep, capacity=capacity, batch_size=size, seed=seed, device=device)
+
+
+def _alone(folder: Path | None) -> AbstractContextManager[None]:
+    """Nobody else writes to the folder, which is made if need be."""
+    if folder is None:
+        return nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    return only_writer(folder)
 
 
 def _sites(model: Model, site: str | Sequence[str], target: str | None) -> list[tuple[Site, Site | None]]:
@@ -231,7 +270,10 @@ def _sites(model: Model, site: str | Sequence[str], target: str | None) -> list[
         raise ValueError("no sites were asked for")
     if target is not None and len(names) > 1:
         raise ValueError("a target goes with one site; train transcoders one at a time")
-    return [(_one_site(model, name), None if target is None else _one_site(model, target)) for name in names]
+    found = [_one_site(model, name) for name in names]
+    if len(set(found)) < len(found):
+        raise ValueError(f"a site is named twice in {', '.join(found)}; name each once")
+    return [(one, None if target is None else _one_site(model, target)) for one in found]
 
 
 def _one_site(model: Model, name: str) -> Site:

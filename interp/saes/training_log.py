@@ -34,6 +34,9 @@ class TrainingLog:
     Args:
         folder: where `log.csv` is, or None to write nothing.
         steps_done: rows of later steps, written before an interruption, are taken out: they will come again.
+
+    Raises:
+        ValueError: if `log.csv` is there and is no such log.
     """
 
     def __init__(self, folder: Path | None, steps_done: int) -> None:
@@ -45,7 +48,7 @@ class TrainingLog:
         kept = _rows_until(path, steps_done)
         part = path.with_name(f".{FILE}.part")
         with part.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *kept])
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
         os.replace(part, path)
         self._file = path.open("a", newline="", encoding="utf-8")
         try:
@@ -69,7 +72,7 @@ class TrainingLog:
         """Add a row, which has every column."""
         if self._file is None:
             return
-        csv.writer(self._file).writerow([row[column] for column in COLUMNS])
+        csv.writer(self._file, lineterminator="\n").writerow([row[column] for column in COLUMNS])
         self._file.flush()
         if self._board is not None:
             for name in COLUMNS[3:]:
@@ -81,5 +84,7 @@ def _rows_until(path: Path, step: int) -> list[list[str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
+        header, *rows = list(csv.reader(file)) or [[]]
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} is not the log of a training: it would be overwritten; give another folder")
     return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]

@@ -43,10 +43,10 @@ class TrainingRun:
         reading: what the batches depend on, JSON-able.
         batches: where they come from.
         device: where the SAEs are.
-        out: where to write; None: nowhere.
+        out: the folder to write to; None: nowhere.
 
     Raises:
-        ValueError: if `out` holds a training with other settings.
+        ValueError: if settings do not fit, or `out` holds a training with others.
     """
 
     def __init__(
@@ -70,27 +70,31 @@ class TrainingRun:
             **reading,
             **asdict(recipe),
         }
-        self._provenance = {**model_provenance(model), "text": reading["text"]}
+        self._provenance = {**model_provenance(model), **reading}
         self._step, self._seconds, self._ended = 0, 0.0, False
-        found = None
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            found = read_checkpoint(out)
+        found = None if out is None else read_checkpoint(out)
         if out is not None and found is not None:
             check_settings(found.settings, self._settings, out)
-            self._step, self._seconds = found.step, found.values["seconds"]
-            rows = {Site.parse(name): torch.zeros(1, width) for name, width in found.values["widths"].items()}
-            self._ended = bool(found.values["ended"])
-            if not self._ended:
-                batches.restore(_part(found.tensors, "batches"))
+        # Before the first forward pass of any size, so that settings which do not fit cost nothing.
+        widths = batches.widths()
+        self.learners = [Learner(site, target, recipe, widths, device) for site, target in pairs]
+        if found is None:
+            self._start()
         else:
-            rows = batches.sample(FIRST_TOKENS, recipe.seed)
-        self._widths = {str(site): values.shape[1] for site, values in rows.items()}
-        self.learners = [Learner(site, target, recipe, rows, device) for site, target in pairs]
-        if found is not None:
-            for number, learner in enumerate(self.learners):
-                learner.restore(_part(found.tensors, str(number)))
-            logger.info("going on with %s after %d of %d steps", out, found.step, recipe.n_steps)
+            self._restore(found)
+
+    def _start(self) -> None:
+        rows = self.batches.sample(FIRST_TOKENS, self.recipe.seed)
+        for learner in self.learners:
+            learner.start(rows)
+
+    def _restore(self, found: Checkpoint) -> None:
+        self._step, self._seconds, self._ended = found.step, found.values["seconds"], bool(found.values["ended"])
+        if not self._ended:
+            self.batches.restore(_part(found.tensors, "batches"))
+        for number, learner in enumerate(self.learners):
+            learner.restore(_part(found.tensors, str(number)))
+        logger.info("going on with %s after %d of %d steps", self.out, found.step, self.recipe.n_steps)
 
     def complete(self, *, log_every: int, checkpoint_seconds: float, progress: bool | None) -> dict[str, SAE]:
         """Train to the end, and write the SAEs; by name of the input site."""
@@ -98,13 +102,20 @@ class TrainingRun:
         resampling = recipe.resampling_steps
         with (
             TrainingLog(self.out if self._is_first else None, self._step) as log,
-            progress_bar(recipe.n_steps * recipe.batch_size, "training", "token", progress=progress) as bar,
+            progress_bar(
+                recipe.n_steps * recipe.batch_size,
+                "training",
+                "token",
+                progress=progress if self._is_first else False,
+                done=self._step * recipe.batch_size,
+            ) as bar,
         ):
-            bar.update(self._step * recipe.batch_size)
             written = logged = time.perf_counter()
             begun, logged_step = written - self._seconds, self._step
             while self._step < recipe.n_steps and not self._ended:
                 losses = self._one_step(resampling)
+                if losses is None and not self._step:
+                    raise ValueError(f"the text has less than the {recipe.batch_size} tokens of a batch")
                 if losses is None:
                     logger.warning("the text ended after %d of %d steps", self._step, recipe.n_steps)
                     break
@@ -159,7 +170,7 @@ class TrainingRun:
         tensors = {} if self._ended else {f"batches.{name}": value for name, value in self.batches.state().items()}
         for number, learner in enumerate(self.learners):
             tensors |= {f"{number}.{name}": value for name, value in learner.state().items()}
-        values = {"seconds": self._seconds, "widths": self._widths, "ended": self._ended}
+        values = {"seconds": self._seconds, "ended": self._ended}
         write_checkpoint(Checkpoint(self._step, self._settings, values, tensors), self.out)
 
     def _finish(self) -> dict[str, SAE]:

@@ -20,6 +20,7 @@ import interp
 from interp.circuits import cell_files, discover, evaluate, job, load
 from interp.circuits.job import run_job
 from interp.circuits.sweep_file import Sweep
+from interp.patching.writing import only_writer
 from interp.tasks import read
 from tests.conftest import tiny_gpt2_hf, tiny_llama_hf
 
@@ -297,7 +298,7 @@ def test_a_second_job_at_the_same_time_is_refused(sweep, finished, tmp_path):
     out = copied(finished[0], tmp_path)
     writing = out / "llama" / "stores" / ".secant.part"
     writing.mkdir()
-    with cell_files.only_writer(out), pytest.raises(BlockingIOError, match="another job is writing to this folder"):
+    with only_writer(out), pytest.raises(BlockingIOError, match="another job is writing to this folder"):
         run_job(sweep, out)
     assert writing.exists()  # what the first one is at stays
     run_job(sweep, out)

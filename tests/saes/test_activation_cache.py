@@ -10,6 +10,7 @@ import torch
 
 import interp
 from interp.model import Site
+from interp.patching.writing import only_writer
 from interp.saes import activation_cache
 from interp.saes.activation_cache import MANIFEST, ActivationCache, cache_activations
 from interp.saes.training import train
@@ -107,6 +108,61 @@ def test_another_cache_in_the_folder_is_refused(model: interp.Model, cache: Acti
         cache_activations(model, SITES[0], text(), cache.folder, n_tokens=500, **CHOICES)
     with pytest.raises(ValueError, match="dtype='int8'; it is one of float32"):
         cache_activations(model, SITES, text(), cache.folder, n_tokens=500, dtype="int8")
+
+
+def test_the_text_is_read_once(model: interp.Model, tmp_path: Path) -> None:
+    """Unlike in training: a second time it would only fill the disk."""
+    cache = cache_activations(model, SITES[0], text(), tmp_path, n_tokens=10_000, chunk_tokens=64, shard_tokens=128)
+    assert cache.n_rows == text().numel()
+    rows = sorted(map(tuple, cache.tokens().tolist()))
+    assert rows == sorted(map(tuple, text().tolist()))
+
+
+def test_the_cache_of_another_model_is_refused(model: interp.Model, cache: ActivationCache) -> None:
+    other = tiny()
+    with torch.no_grad():
+        other.hf.model.layers[0].self_attn.o_proj.weight[-1, -1] += 1
+    with pytest.raises(ValueError, match=r"holds activations of tiny \(\w+\); tiny has other weights"):
+        train(other, SITES[0], cache, **small())
+    with pytest.raises(ValueError, match="was begun with weights="):
+        cache_activations(other, SITES, text(), cache.folder, n_tokens=500, **CHOICES)
+
+
+def test_caches_of_other_tokens_have_other_names(model: interp.Model, tmp_path: Path) -> None:
+    """As many tokens of the same text, but not the same: a training begun on one must not go on with the other."""
+    chosen = {"first": slice(0, -1), "last": slice(1, None)}
+    made = [
+        cache_activations(model, SITES[0], text(), tmp_path / name, n_tokens=600, positions=positions)
+        for name, positions in chosen.items()
+    ]
+    assert made[0].n_rows == made[1].n_rows == 600
+    assert made[0].text != made[1].text
+
+
+def test_what_would_be_nothing_is_refused(model: interp.Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="n_tokens=0; give 1 at least"):
+        cache_activations(model, SITES, text(), tmp_path, n_tokens=0)
+    with pytest.raises(ValueError, match="all 640 tokens of a shard are left out: check mask"):
+        cache_activations(model, SITES, text(), tmp_path, n_tokens=100, skip_tokens=range(61))
+    with pytest.raises(ValueError, match=r"the mask marks \(8, 16\) tokens; the text has \(40, 16\)"):
+        cache_activations(model, SITES, text(), tmp_path, n_tokens=100, mask=torch.zeros(8, 16, dtype=torch.bool))
+
+
+def test_numbers_too_large_for_the_type_are_refused(tmp_path: Path) -> None:
+    large = tiny()
+    with torch.no_grad():
+        large.hf.model.embed_tokens.weight *= 1e8
+    site = "blocks.0.hook_resid_pre"
+    with pytest.raises(FloatingPointError, match=r"blocks\.0\.hook_resid_pre has values beyond torch\.float16"):
+        cache_activations(large, site, text(), tmp_path, n_tokens=100, dtype="float16")
+    assert cache_activations(large, site, text(), tmp_path / "wide", n_tokens=100, dtype="bfloat16").n_rows == 640
+
+
+def test_a_second_writer_is_refused(model: interp.Model, cache: ActivationCache) -> None:
+    before = (cache.folder / MANIFEST).read_bytes()
+    with only_writer(cache.folder), pytest.raises(BlockingIOError, match="another job is writing to this folder"):
+        cache_activations(model, SITES, text(), cache.folder, n_tokens=600, **CHOICES)
+    assert (cache.folder / MANIFEST).read_bytes() == before
 
 
 def test_rows_out_of_range_are_refused(cache: ActivationCache) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from interp.saes import distributed
 from interp.saes.checkpoint import FILE
+from interp.saes.distributed import device_of_process
 from tests.saes.training_processes import ARCHITECTURES, read_curve
 
 ROOT = Path(__file__).parents[2]
@@ -37,3 +39,20 @@ def test_two_processes_equal_one_with_the_doubled_batch(folder: Path, architectu
         assert float(together["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-4)
         assert float(together["l0"]) == pytest.approx(float(alone["l0"]), rel=1e-3)
         assert together["dead"] == alone["dead"]
+
+
+def test_gradients_are_means_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam hides a factor that is the same at every step: this is not seen above."""
+    monkeypatch.setattr(distributed, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda gradient: gradient.add_(3.0))
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, 5.0])
+    distributed.average_gradients([parameter])
+    assert parameter.grad.tolist() == [2, 4]
+
+
+def test_cuda_is_the_gpu_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [device_of_process(one) for one in ("cuda", "cpu", None)] == ["cuda", "cpu", None]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [device_of_process(one) for one in ("cuda", "cuda:1", "cpu", None)] == ["cuda:3", "cuda:1", "cpu", None]

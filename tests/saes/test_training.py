@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import interp
-from interp.saes import make
-from interp.saes.checkpoint import FILE
+from interp.patching.writing import only_writer
+from interp.saes import checkpoint, make
+from interp.saes.activations import Buffer
+from interp.saes.checkpoint import FILE, Checkpoint, read_checkpoint, write_checkpoint
 from interp.saes.resampling import FiringRecord, resample
 from interp.saes.schedule import learning_rate_factor, resampling_steps, sparsity_factor
 from interp.saes.storage import load
@@ -72,7 +77,7 @@ def test_resampled_features_point_at_what_is_badly_reconstructed() -> None:
     x[6, 4] -= 4
     dead = torch.tensor([False, False, False, True, True])
     before = {name: value.detach().clone() for name, value in sae.named_parameters()}
-    assert resample(sae, optimiser, dead, x, x, batch_size=3, seed=0) == 2
+    assert resample(sae, optimiser, dead, x, x, batch_size=3, seed=0).tolist() == [3, 4]
     found = {tuple(row.round().tolist()) for row in sae.W_dec[dead].detach()}
     assert found == {(0, 0, 0, 0, 0, 1), (0, 0, 0, 0, -1, 0)}
     size = 0.2 * before["W_enc"][:, ~dead].norm(dim=0).mean()
@@ -91,8 +96,28 @@ def test_resampling_without_anything_dead_or_wrong_changes_nothing() -> None:
     sae = make("relu", 4, 3)
     optimiser = torch.optim.Adam(sae.parameters())
     none, some = torch.zeros(3, dtype=torch.bool), torch.tensor([True, False, False])
-    assert resample(sae, optimiser, none, torch.ones(5, 4), torch.ones(5, 4), batch_size=5, seed=0) == 0
-    assert resample(sae, optimiser, some, torch.zeros(5, 4), torch.zeros(5, 4), batch_size=5, seed=0) == 0
+    assert not len(resample(sae, optimiser, none, torch.ones(5, 4), torch.ones(5, 4), batch_size=5, seed=0))
+    assert not len(resample(sae, optimiser, some, torch.zeros(5, 4), torch.zeros(5, 4), batch_size=5, seed=0))
+
+
+def test_tokens_are_drawn_by_the_square_of_their_squared_error() -> None:
+    """Of two tokens with squared errors 1 and 2, the second comes four times as often."""
+    x = torch.tensor([[1.0, 0], [0, 2**0.5]])
+    dead, found = torch.tensor([True, False]), []
+    for seed in range(300):
+        sae = make("relu", 2, 2)
+        torch.nn.init.constant_(sae.b_enc, -100)
+        resample(sae, torch.optim.Adam(sae.parameters()), dead, x, x, batch_size=2, seed=seed)
+        found.append(float(sae.W_dec[0, 1].detach()))
+    assert sum(found) / 300 == pytest.approx(0.8, abs=0.07)
+
+
+def test_a_resampled_jumprelu_has_the_threshold_of_a_new_one() -> None:
+    sae = make("jumprelu", 4, 3)
+    torch.nn.init.constant_(sae.threshold, 5.0)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    resample(sae, torch.optim.Adam(sae.parameters()), torch.tensor([False, True, False]), x, x, batch_size=6, seed=0)
+    assert sae.threshold.tolist() == pytest.approx([5, 0.01, 5])
 
 
 # Training
@@ -179,18 +204,21 @@ def test_every_architecture_trains(model: interp.Model, architecture: str) -> No
     assert all(bool(torch.isfinite(value).all()) for value in sae.state_dict().values())
 
 
-def test_a_transcoder_learns_its_target(model: interp.Model) -> None:
+def test_a_transcoder_learns_its_target(model: interp.Model, tmp_path: Path) -> None:
     sae = train(
         model,
         "blocks.1.ln2.hook_normalized",
         text(),
         target="blocks.1.hook_mlp_out",
+        out=tmp_path,
         **small(settings={"skip": True}, learning_rate=0.01),
     )
     _, cache = model.run_with_cache(text())
     x, target = (cache[name].flatten(0, 1) for name in ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"))
     error = (sae(x) - target).detach().square().sum() / (target - target.mean(0)).square().sum()
     assert float(error) < 0.6
+    logged = [float(row["explained_variance"]) for row in read_curve(tmp_path / "log.csv")[-10:]]
+    assert float(1 - error) == pytest.approx(sum(logged) / 10, abs=0.05)
     assert sae.target_site == "blocks.1.hook_mlp_out"
 
 
@@ -205,22 +233,105 @@ def test_text_that_ends_ends_training(model: interp.Model) -> None:
         ({"n_tokens": 0}, "n_tokens=0; give more than 0"),
         ({"learning_rate": -1.0}, r"learning_rate=-1.0; give more than 0, or None"),
         ({"buffer_tokens": 100}, "the buffer holds 100 tokens; it needs 512"),
-        ({"skip_tokens": range(61)}, "every token of the text is left out"),
         ({"architecture": "tok"}, "'tok' is not an architecture"),
         ({"l1": 1.0}, "topk has no setting 'l1'"),
+        ({"k": 400}, r"k=400 is outside 1\.\.384"),
+        ({"log_every": 0}, "log_every=0; give 1 or more"),
+        ({"positions": slice(16, 20)}, r"names no position; positions run 0\.\.15"),
+        ({"mask": torch.zeros(8, 16, dtype=torch.bool)}, r"the mask marks \(8, 16\) tokens; the text has \(40, 16\)"),
     ],
 )
-def test_bad_numbers_are_refused(model: interp.Model, options: dict[str, object], message: str) -> None:
+def test_bad_numbers_are_refused_before_the_text_is_read(
+    model: interp.Model, options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Buffer, "_refill", lambda self: pytest.fail("the buffer was filled"))
     with pytest.raises(ValueError, match=message):
         train(model, SITES[0], text(), **small(**options))
+
+
+def test_text_without_a_batch_is_refused(model: interp.Model) -> None:
+    with pytest.raises(ValueError, match="every token of the text is left out"):
+        train(model, SITES[0], text(), **small(skip_tokens=range(61)))
+    with pytest.raises(ValueError, match="the text has less than the 64 tokens of a batch"):
+        train(model, SITES[0], iter([text()[:3]]), **small())
 
 
 def test_a_name_for_many_sites_is_refused(model: interp.Model) -> None:
     with pytest.raises(ValueError, match=r"'z' stands for 3 sites, e\.g\. blocks\.0\.attn\.hook_z: name one"):
         train(model, "z", text(), **small())
+    with pytest.raises(ValueError, match=r"named twice in blocks\.1\.attn\.hook_z, blocks\.1\.attn\.hook_z"):
+        train(model, [SITES[0]] * 2, text(), **small())
+
+
+# What is written and shown
+
+
+def test_a_second_training_in_the_folder_is_refused(
+    model: interp.Model, trained: tuple[Path, dict[str, interp.saes.SAE]]
+) -> None:
+    before = (trained[0] / "log.csv").read_bytes()
+    with only_writer(trained[0]), pytest.raises(BlockingIOError, match="another job is writing to this folder"):
+        train(model, SITES, text(), out=trained[0], **small())
+    assert (trained[0] / "log.csv").read_bytes() == before
+
+
+def test_another_log_is_not_overwritten(model: interp.Model, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("day,what\n1,rain\n")
+    with pytest.raises(ValueError, match=r"log\.csv is not the log of a training"):
+        train(model, SITES[0], text(), out=tmp_path, **small(n_tokens=64))
+    assert (tmp_path / "log.csv").read_text() == "day,what\n1,rain\n"
+
+
+def test_the_bar_shows_l0_explained_variance_and_dead(model: interp.Model, capsys: pytest.CaptureFixture[str]) -> None:
+    train(model, SITES[0], text(), progress=True, **small(n_tokens=640))
+    shown = capsys.readouterr().err
+    assert "640/640" in shown
+    assert re.search(r"L0=4\.0, EV=-?0\.\d{3}, dead=\d+\.\d%", shown)
+
+
+def test_tensorboard_gets_the_curve_where_it_is_installed(
+    model: interp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Board:
+        made: ClassVar[list[Board]] = []
+
+        def __init__(self, folder: str, purge_step: int) -> None:
+            self.folder, self.purge_step, self.closed = folder, purge_step, False
+            self.scalars: list[tuple[str, float, int]] = []
+            self.made.append(self)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.scalars.append((name, value, step))
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    train(model, SITES[0], text(), out=tmp_path, **small(n_tokens=128))
+    (board,) = Board.made
+    assert (board.folder, board.purge_step, board.closed) == (str(tmp_path / "tensorboard"), 1, True)
+    curve = read_curve(tmp_path / "log.csv")
+    found = [(value, step) for name, value, step in board.scalars if name == f"{SITES[0]}/explained_variance"]
+    assert found == [(float(row["explained_variance"]), int(row["step"])) for row in curve]
+    assert len(board.scalars) == 2 * 9
 
 
 # Kills
+
+
+def test_a_kill_in_mid_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(Checkpoint(3, {}, {}, {"a": torch.ones(2)}), tmp_path)
+
+    def killed(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"torn")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(Checkpoint(4, {}, {}, {"a": torch.zeros(2)}), tmp_path)
+    found = read_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, found.tensors["a"].tolist()) == (3, [1, 1])
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_weights(tmp_path: Path) -> None:
