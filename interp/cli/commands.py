@@ -38,6 +38,14 @@ def report(
         str | None, typer.Option(help="Find and show a circuit: a method (interp circuits methods), or a .json file.")
     ] = None,
     sinks: Annotated[bool, typer.Option("--sinks", help="Look at attention sinks too (half a minute).")] = False,
+    sae: Annotated[
+        Path | None, typer.Option(help="Look at the features of this SAE too, a folder or weights file (a minute).")
+    ] = None,
+    feature: Annotated[
+        list[int] | None,
+        typer.Option("--feature", "-f", help="Of --sae: show this one in full; by default those that matter most."),
+    ] = None,
+    n_features: Annotated[int, typer.Option(help="Of --sae: how many to show in full, if none are named.")] = 4,
     format: Annotated[
         str | None, typer.Option(help="html, csv (a row a head), json or nc. By default what --out ends in.")
     ] = None,
@@ -58,6 +66,8 @@ def report(
 
         interp report --model smollm2-135m --task ioi --sinks --out ioi.html
 
+        interp report --model smollm2-135m --task ioi --sae sae/ --n-features 6 --out ioi.html
+
         interp report --model gpt2 --task greater_than --out years.nc --device cuda
 
         interp report --task my_pairs.jsonl --n-interventions 4 --n-maps 2 --out quick.html
@@ -66,11 +76,15 @@ def report(
     from interp.report.circuit_section import check_circuit
     from interp.report.head_report import check_format
     from interp.report.writing import check_target
+    from interp.saes import load
 
     check_target(out)
     chosen = check_format(format or out.suffix.removeprefix("."))
     if circuit is not None:
         check_circuit(circuit)
+    if feature and sae is None:
+        raise ValueError("--feature is of an SAE: give its folder with --sae")
+    found = None if sae is None else load(sae)
     loaded, prompts = load_model_and_task(model, task, n, seed, device, dtype)
     started = time.perf_counter()
     write_report(
@@ -83,6 +97,9 @@ def report(
         seed=seed,
         circuit=circuit,
         sinks=sinks,
+        sae=None if found is None else found.to(loaded.device),
+        features=feature or None,
+        n_features=n_features,
         command=command_line(),
         progress=progress,
     )

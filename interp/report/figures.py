@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 SIGNED_SCALE = "RdBu"
@@ -105,6 +106,30 @@ def layer_position_heatmap(
     _tokens_on(figure.layout.xaxis, labels, "token")
     _layers_on_y(figure, values.shape[0])
     finish(figure, title, height=_layer_height(values.shape[0]) + 40)
+    _unit_beside_colours(figure, unit)
+    return figure
+
+
+def label_position_heatmap(
+    values: Float[np.ndarray, "row position"], rows: Sequence[str], positions: Sequence[str], *, title: str, unit: str
+) -> go.Figure:
+    """One cell a named row and position, red-white-blue around 0.
+
+    Args:
+        values: [row, position].
+        rows: names, from the top.
+        positions: labels, as `token_label` makes them.
+        title: what the figure shows, as a sentence.
+        unit: what a value is measured in.
+    """
+    text = [
+        [f"{name}, {label}<br>{_number(value)}" for label, value in zip(positions, line, strict=True)]
+        for name, line in zip(rows, values.tolist(), strict=True)
+    ]
+    figure = go.Figure(_heatmap(values, True, text=text))
+    _tokens_on(figure.layout.xaxis, positions, "token")
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=list(rows), autorange="reversed", automargin=True)
+    finish(figure, title, height=24 * len(rows) + 150)
     _unit_beside_colours(figure, unit)
     return figure
 

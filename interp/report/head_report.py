@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ from interp.report.sections import sections
 from interp.report.study import head_study
 from interp.report.summary import summary_sentences
 from interp.report.writing import check_target, write_json, write_netcdf, write_text
+from interp.saes import SAE, load
 from interp.tasks import Task
 
 Format = Literal["html", "csv", "json", "nc"]
@@ -33,6 +35,9 @@ def heads(
     seed: int = 0,
     circuit: str | None = None,
     sinks: bool = False,
+    sae: SAE | str | Path | None = None,
+    features: int | Sequence[int] | None = None,
+    n_features: int = 4,
     command: str | None = None,
     progress: bool | None = None,
 ) -> Path:
@@ -54,6 +59,10 @@ def heads(
         circuit: show a circuit too: a method of `interp.circuits.METHODS`, or a file of `interp.circuits.save`.
         sinks: look at attention sinks too, on natural text and on the task's prompts; for SmolLM2-135M about half a
             minute more.
+        sae: show features of a sparse autoencoder too: an SAE, or what `interp.saes.load` reads, which is put on the
+            model's device; for SmolLM2-135M about a minute more.
+        features: which of them to show in full; None: those of largest effect on the task.
+        n_features: how many, if none are named.
         command: how the report was asked for, shown in it; the call of this function by default.
         progress: show progress bars; None: in a terminal or notebook only.
 
@@ -61,7 +70,8 @@ def heads(
         The path.
 
     Raises:
-        ValueError: for an unknown format, or a task of fewer than two prompts.
+        ValueError: for an unknown format, a task of fewer than two prompts, or an SAE that cannot be read or is not of
+            this model.
         FileNotFoundError: if the folder does not exist. Both before anything is computed.
     """
     path = check_target(path)
@@ -76,6 +86,9 @@ def heads(
         seed=seed,
         circuit=check_circuit(circuit) if circuit is not None else None,
         sinks=sinks,
+        sae=load(sae).to(model.device) if isinstance(sae, str | Path) else sae,
+        features=features,
+        n_features=n_features,
         command=command or called,
         keep_parts=parts,
         progress=progress,

@@ -36,8 +36,11 @@ th, td { padding: .36em .7em; text-align: left; vertical-align: top; border-bott
   overflow-wrap: normal; }
 th { position: sticky; top: 0; background: var(--wash); font-weight: 600; z-index: 1; vertical-align: bottom; }
 td.number, th.number { text-align: right; }
+.dense td, .dense th { padding: .3em .42em; }
 td { white-space: nowrap; }
 td.text { min-width: 24ch; white-space: normal; }
+figure .scroll { margin: .3em 0; }
+figure td, figure th { padding: .14em .5em; }
 tr:last-child td { border-bottom: 0; }
 th button { all: unset; cursor: pointer; }
 th button:hover, th button:focus-visible { color: var(--accent); text-decoration: underline; }
@@ -47,12 +50,15 @@ th[aria-sort=descending] button::after { content: " ↓"; }
   padding: .06em .3em; white-space: pre-wrap;
   display: inline-block; max-width: 100%; }
 td .token { white-space: pre; max-width: none; }
-.context { max-width: none; margin: .1em 0;
+h3.part { font-size: 1.12rem; margin-top: 1.8em; }
+.context { max-width: none; margin: .1em 0; padding-left: 4.4em; text-indent: -4.4em;
   font: .84rem/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.context span { border-radius: 3px; white-space: pre-wrap; padding: 0 .08em; }
+.context span { border-radius: 3px; white-space: pre-wrap; padding: 0 .08em; print-color-adjust: exact; }
+.context span, .token { unicode-bidi: isolate; }
 .context + h3 { margin-top: .9em; }
 .context .marked { outline: 1px solid var(--ink); }
-.context .peak { display: inline-block; min-width: 3.6em; padding-right: .8em; text-align: right; color: var(--soft); }
+.context .peak { display: inline-block; box-sizing: border-box; min-width: 4.4em; padding-right: .8em;
+  text-align: right; text-indent: 0; color: var(--soft); }
 .context.sources { margin-bottom: .9em; font-size: .78rem; }
 dl { display: grid; grid-template-columns: minmax(8em, max-content) 1fr; gap: .3em 1.2em; font-size: .92rem; }
 dt { color: var(--soft); }

@@ -19,6 +19,8 @@ import plotly.offline
 
 from interp.report.look import CSS, SCRIPT
 
+SIGNS = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥", "\0": "␀"})
+
 
 class Markup(str):
     """Text that is HTML already."""
@@ -79,7 +81,12 @@ def summary(sentences: Sequence[str]) -> Markup:
 
 def token(text: str) -> Markup:
     """A token as it is, set off from the text around it; its spaces count."""
-    return Markup(f'<span class="token">{html.escape(text.replace(chr(10), "⏎"))}</span>')
+    return Markup(f'<span class="token">{html.escape(visible(text))}</span>')
+
+
+def visible(text: str) -> str:
+    """A token's text with line breaks, tabs and NUL as signs."""
+    return text.translate(SIGNS)
 
 
 def joined(parts: Sequence[str], separator: str = " ") -> Markup:
@@ -92,16 +99,25 @@ def escaped(text: str) -> str:
     return text if isinstance(text, Markup) else html.escape(text)
 
 
-def figures(shown: Sequence[tuple[go.Figure, str]], *, least: int = 320) -> Markup:
+def figures(shown: Sequence[tuple[go.Figure, str] | Markup], *, least: int = 320) -> Markup:
     """Figures side by side, wrapping where there is no room, each under its title and over its caption.
 
     Titles become HTML headings, since those wrap on a narrow screen and titles inside a plot are cut.
 
     Args:
-        shown: pairs of figure and caption (plain text or markup).
+        shown: pairs of figure and caption (plain text or markup); or panels.
         least: width in pixels below which a figure takes a line of its own.
     """
-    return Markup(f'<div class="figures" style="--least: {least}px">{"".join(_figure(*one) for one in shown)}</div>')
+    parts = (one if isinstance(one, Markup) else _figure(*one) for one in shown)
+    return Markup(f'<div class="figures" style="--least: {least}px">{"".join(parts)}</div>')
+
+
+def panel(title: str, content: Markup, caption: str) -> Markup:
+    """What is no figure, such as a table, to stand among figures under a title and over a caption."""
+    return Markup(
+        f"<figure><h3>{escaped(title)}</h3>{content}"
+        f'<figcaption class="caption">{escaped(caption)}</figcaption></figure>'
+    )
 
 
 def _figure(figure: go.Figure, caption: str) -> str:

@@ -2,8 +2,8 @@
 
 Behaviour -> where the answer appears (logit lens, layers) -> which heads write it -> what they look at -> where the
 information is (patching maps) -> which heads matter -> moved by values or by patterns -> kinds of attention -> backup
--> the circuit -> attention sinks -> what heads see in images -> do the measures agree -> all heads -> how it was made.
-Each function takes the study (see `study.py`) and only draws.
+-> the circuit -> features of an SAE -> attention sinks -> what heads see in images -> do the measures agree -> all
+heads -> how it was made. Each function takes the study (see `study.py`) and only draws.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from interp.report.head_sections import (
 from interp.report.measures import counted, interval, metric_unit, percent
 from interp.report.page import Markup, Section, definitions, escaped, joined, paragraph, table, token
 from interp.report.page import figures as side_by_side
+from interp.report.sae_section import sae_section
 from interp.report.sink_section import sink_section
 from interp.report.vision_section import vision_section
 
@@ -48,6 +49,7 @@ def sections(study: xr.Dataset) -> list[Section]:
         (attention_kinds, ("induction",)),
         (backup, ("direct_before",)),
         (circuit_section, ("circuit_score",)),
+        (sae_section, ("sae_effects",)),
         (sink_section, ("sink_dimensions",)),
         (vision_section, ("vision_divergence",)),
         (agreement, ("importance_resample",)),

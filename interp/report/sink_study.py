@@ -96,23 +96,27 @@ def sink_variables(
     }
 
 
-def calibration_texts(model: Model, task: Task, seed: int) -> tuple[Texts, str]:
+def calibration_texts(
+    model: Model, task: Task, seed: int, *, n: int = MIN_SEQUENCES, length: int = CALIBRATION_LENGTH
+) -> tuple[Texts, str]:
     """(texts, what they are): natural text, or the task's own prompts for a model that cannot read it.
 
     Args:
         model: the model.
         task: prompts of one length.
         seed: which passages.
+        n: texts.
+        length: tokens a text, at most.
     """
-    length = min(CALIBRATION_LENGTH, int(getattr(model.tower.config, "max_position_embeddings", CALIBRATION_LENGTH)))
-    texts = _readable(model, length, seed)
+    length = min(length, int(getattr(model.tower.config, "max_position_embeddings", length)))
+    texts = _readable(model, n, length, seed)
     return (task.clean, "the task's prompts") if texts is None else (texts, NATURAL_TEXT)
 
 
-def _readable(model: Model, length: int, seed: int) -> Texts | None:
+def _readable(model: Model, n: int, length: int, seed: int) -> Texts | None:
     """Natural text, unless it is beyond the model's vocabulary."""
     try:
-        texts = natural_text(model, MIN_SEQUENCES, length, seed)
+        texts = natural_text(model, n, length, seed)
     except ValueError:
         return None
     unknown = getattr(model.tokenizer, "unk_token_id", None)

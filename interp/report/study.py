@@ -4,15 +4,16 @@ Everything is exact: whole forward passes with one activation replaced. What is 
 forward passes of one prompt (L layers, H heads, G key/value heads):
 
 1. behaviour: every prompt of the task, clean and corrupted;
-2. logit lens and direct effects: one or two a prompt;
-3. heads: 3 L H a prompt for zero, mean and resample ablation, and scores of attention;
-4. values and patterns: L G + L H a prompt;
-5. positions: 3 L a prompt and position, from the first token that differs;
-6. top heads: attention pattern and output of a few heads on one prompt;
-7. backup: direct effects once more, with the strongest writer ablated;
-8. circuit, if asked for: what its method costs, and 22 circuits to test it;
-9. sinks, if asked for: 50 texts of 64 tokens, ten times 16 of them, and one a prompt;
-10. vision, where prompts have images: three a prompt, and one for the maps of each of a few prompts.
+2. features, if an SAE is given: 64 texts of 128 tokens, five times 16 of them, and about 16 a prompt;
+3. logit lens and direct effects: one or two a prompt;
+4. heads: 3 L H a prompt for zero, mean and resample ablation, and scores of attention;
+5. values and patterns: L G + L H a prompt;
+6. positions: 3 L a prompt and position, from the first token that differs;
+7. top heads: attention pattern and output of a few heads on one prompt;
+8. backup: direct effects once more, with the strongest writer ablated;
+9. circuit, if asked for: what its method costs, and 22 circuits to test it;
+10. sinks, if asked for: 50 texts of 64 tokens, ten times 16 of them, and one a prompt;
+11. vision, where prompts have images: three a prompt, and one for the maps of each of a few prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ from interp.report.figures import head_label
 from interp.report.machine import describe_run
 from interp.report.measures import extreme_heads
 from interp.report.resume import Parts, fingerprint
+from interp.report.sae_study import check_features, sae_choices, sae_variables
 from interp.report.sink_study import calibration_texts, sink_variables
 from interp.report.vision_study import has_images, vision_variables
+from interp.saes import SAE
 from interp.tasks import Task, accuracy
 
 logger = logging.getLogger(__name__)
@@ -63,13 +66,16 @@ def head_study(
     seed: int = 0,
     circuit: str | None = None,
     sinks: bool = False,
+    sae: SAE | None = None,
+    features: int | Sequence[int] | None = None,
+    n_features: int = 4,
     command: str = "",
     keep_parts: Path | None = None,
     progress: bool | None = None,
 ) -> xr.Dataset:
     """Which heads matter for a behaviour, and what they do.
 
-    SmolLM2-135M with the default sizes takes about three minutes on two CPU cores, nearly all of it in parts 3 and 4.
+    SmolLM2-135M with the default sizes takes about three minutes on two CPU cores, nearly all of it in parts 4 and 5.
 
     Args:
         model: the model.
@@ -80,6 +86,9 @@ def head_study(
         seed: of bootstrap intervals and of the random tokens that attention is scored on.
         circuit: find a circuit by this method, or take it from this .json file, and test it; None: no circuit.
         sinks: look at attention sinks too, on natural text and on the task's prompts.
+        sae: look at the features of this SAE too: which matter for the task, which lie in which head.
+        features: which of them to show in full; None: those of largest effect on the task.
+        n_features: how many, if none are named.
         command: how the study was asked for, kept in its attrs.
         keep_parts: a folder for finished parts: the same call takes them from there instead of computing them again.
         progress: show progress bars; None: in a terminal or notebook only.
@@ -89,15 +98,23 @@ def head_study(
         those of the Dataset how it was made.
 
     Raises:
-        ValueError: if the task has fewer than two prompts, since no interval can be given.
+        ValueError: if the task has fewer than two prompts, since no interval can be given; if the SAE does not fit the
+            model, or a feature is out of range.
     """
     if len(task) < 2:
         raise ValueError(f"a report needs at least 2 prompts for its intervals; the task {task.name!r} has {len(task)}")
+    if sae is not None:
+        check_features(model, sae, features, n_features)
     few, direct = aligned_prompts(task, n_interventions), aligned_prompts(task, n_direct)
     maps = few[:n_maps]
     found = xr.Dataset()
-    parts: dict[str, Callable[[], Variables]] = {
-        "behaviour": lambda: _behaviour(model, task),
+    parts: dict[str, Callable[[], Variables]] = {"behaviour": lambda: _behaviour(model, task)}
+    if sae is not None:
+        # So early because a model without relevance rules refuses here, and not after minutes.
+        parts["features"] = lambda: sae_variables(
+            model, direct, sae, features=features, n_features=n_features, seed=seed, progress=progress
+        )
+    parts |= {
         "logit lens": lambda: _depth(model, few, seed),
         "layers": lambda: _layers(model, direct),
         "heads": lambda: _head_table(model, few, seed, progress),
@@ -115,13 +132,14 @@ def head_study(
         parts["sinks"] = lambda: _sinks(model, direct, seed, progress)
     if has_images(model, task):
         parts["vision"] = lambda: vision_variables(model, few, found["importance_resample"], progress=progress)
-    sizes: dict[str, int | str] = {
+    sizes: dict[str, Any] = {
         "n_interventions": n_interventions,
         "n_maps": n_maps,
         "n_direct": n_direct,
         "seed": seed,
     }
     sizes |= {} if circuit is None else {"circuit": circuit}
+    sizes |= {} if sae is None else sae_choices(sae, features, n_features)
     kept = Parts(keep_parts, fingerprint(model, task, sizes))
     seconds: dict[str, float] = {}
     for name, compute in parts.items():

@@ -58,12 +58,24 @@ def write_text(text: str, path: str | Path) -> Path:
 
 
 def write_netcdf(results: xr.Dataset | xr.DataArray, path: str | Path) -> Path:
-    """Write labelled arrays as netCDF 4; `xarray.open_dataset` reads them back with coordinates and attrs."""
+    """Write labelled arrays as netCDF 4; `xarray.open_dataset` reads them back with coordinates and attrs.
+
+    NUL in a text, which tokens of single bytes have and HDF5 refuses, is written as ␀.
+    """
     # torch's version is a string of a class of its own, which HDF5 refuses.
     plain = results.assign_attrs({name: str(one) for name, one in results.attrs.items() if isinstance(one, str)})
+    if isinstance(plain, xr.Dataset):
+        plain = plain.assign(
+            {name: _without_nul(plain[name]) for name in plain.variables if plain[name].dtype == object}
+        )
     with written(path) as temporary:
         plain.to_netcdf(temporary, engine="h5netcdf")
     return Path(path)
+
+
+def _without_nul(texts: xr.DataArray) -> xr.DataArray:
+    clean = [one.replace("\0", "␀") if isinstance(one, str) else one for one in texts.values.ravel().tolist()]
+    return texts.copy(data=np.array(clean, dtype=object).reshape(texts.shape))
 
 
 def write_json(results: xr.Dataset | xr.DataArray, path: str | Path) -> Path:

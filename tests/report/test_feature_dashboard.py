@@ -5,11 +5,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import interp
 from interp.report.feature_dashboard import dashboard
+from interp.report.feature_parts import context_line, feature_parts, overview
+from interp.report.feature_reading import described, fires_on
 from interp.saes.attribution import feature_attribution
 from interp.saes.contexts import feature_contexts
 from interp.saes.logit_weights import logit_weights
@@ -99,7 +103,11 @@ def test_jupyter_shows_the_page_in_a_frame_of_its_own(tiny_gpt2, sae, tokens) ->
     page = dashboard(tiny_gpt2, sae, tokens, 3)
     shown = page._repr_html_()
     assert shown.startswith("<iframe srcdoc=")
-    assert html.unescape(shown.split('srcdoc="')[1].split('" title=')[0]) == page.html
+    framed = html.unescape(shown.split('srcdoc="')[1].split('" title=')[0])
+    base = '<base href="about:srcdoc">'
+    assert framed.replace(f"\n{base}", "") == page.html
+    assert framed.index("<head>") < framed.index(base) < framed.index("<title>")
+    assert base not in page.html
 
 
 def test_features_are_drawn_among_those_that_are_on(tiny_gpt2, sae, tokens) -> None:
@@ -126,3 +134,58 @@ def test_bad_input_is_refused_before_any_work(tiny_gpt2, sae, tokens, tmp_path: 
         dashboard(tiny_gpt2, sae, tokens, 24)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         dashboard(tiny_gpt2, sae, tokens, 3, tmp_path / "none" / "page.html")
+
+
+def test_a_feature_that_is_never_on_has_neither_histogram_nor_contexts(tiny_gpt2, sae, tokens) -> None:
+    sae.b_enc[7] = -1e6
+    found = described_of(tiny_gpt2, sae, tokens, [7])
+    parts = "".join(feature_parts(found, 7))
+    assert "How strongly it is on" not in parts
+    assert "Which heads it lies in" in parts
+    assert 'class="context"' not in parts
+    assert "–" in overview(found)
+
+
+def test_the_token_that_strongest_contexts_share_is_named() -> None:
+    peaks = np.array([["x", "on"], ["x", "at"], ["x", "at"], ["x", ""], ["x", "on"]], dtype=object)
+    contexts = xr.Dataset(
+        {
+            "token": (("feature", "context", "offset"), np.stack([peaks, peaks])),
+            "sequence": (("feature", "context"), [[7, 3, 4, -1, 5], [-1] * 5]),
+        },
+        coords={
+            "feature": [6, 8],
+            "offset": [-1, 0],
+            "group": ("context", ["top", "top", "top", "top", "interval 1"]),
+        },
+    )
+    assert fires_on(contexts, 6) == ("at", 2, 3)
+    assert fires_on(contexts, 8) is None
+    assert fires_on(contexts.isel(context=[0, 1]), 6) == ("on", 1, 2)
+
+
+def test_earlier_sources_are_one_number(tiny_gpt2, sae, tokens, monkeypatch) -> None:
+    monkeypatch.setattr("interp.report.feature_reading.SOURCES_SHOWN", 2)
+    one = described_of(tiny_gpt2, sae, tokens, [3]).sel(feature=3).isel(attributed=0)
+    sequence, position = int(one["sequence"][0]), int(one["position"][0])
+    parts = feature_attribution(tiny_gpt2, sae, tokens[sequence], 3, positions=position)["attribution"].values[0, 0]
+    shown = min(2, position + 1)
+    last = parts[position + 1 - shown : position + 1]
+    np.testing.assert_allclose(one["source_attribution"].values[-shown:], last, atol=1e-5)
+    assert float(one["source_earlier"]) == pytest.approx(float(parts[: position + 1 - shown].sum()), abs=1e-6)
+    total = float(one["source_earlier"]) + float(np.nansum(one["source_attribution"])) + float(one["source_bias"])
+    assert total == pytest.approx(float(one["source_pre_activation"]), abs=1e-4)
+
+
+def test_signs_stand_for_what_cannot_be_seen() -> None:
+    line = context_line(["<i>", "\n\r\t\0"], [0.5, 2.0], lead="2.00", hover='"here"', limit=2.0)
+    assert ">&lt;i&gt;</span>" in line
+    assert "⏎␍⇥␀" in line
+    assert 'title="&quot;here&quot;"' in line
+    assert line.count('class="marked"') == 1
+    assert line.index('class="marked"') > line.index("&lt;i&gt;")
+
+
+def described_of(model, sae, tokens, features):
+    contexts = feature_contexts(model, sae, tokens, features, n_top=4)
+    return described(model, sae, tokens, contexts, n_attributions=2, n_logits=3, progress=False)

@@ -127,3 +127,10 @@ def test_temporary_names_of_two_writers_differ(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "a.txt").read_text() == "one"
+
+
+def test_nul_in_a_text_is_written_as_a_sign(tmp_path):
+    texts = xr.Dataset({"text": ("x", np.array(["a\0b", "c"], dtype=object)), "n": ("x", [1, 2])})
+    found = read(write_netcdf(texts, tmp_path / "texts.nc"))
+    assert found["text"].values.tolist() == ["a␀b", "c"]
+    assert texts["text"].values[0] == "a\0b"
