@@ -6,18 +6,20 @@ With indices and values [token, k] and a decoder [row, d]:
     scatter_rows(indices, values, rows, n)[j]     = sum over (t, k) with indices[t, k] = j of values[t, k] * rows[t]
 
 The second is the gradient of the first to the decoder, and of a top-k encoder to its weights. Both cost token * k * d
-instead of the token * row * d of a dense product. On CUDA they are Triton kernels, elsewhere `embedding_bag` and a
-sparse matrix product. The scattered sum goes through the entries sorted by row, so that it is the same every time.
+instead of the token * row * d of a dense product. On CUDA they are Triton kernels, elsewhere `embedding_bag`, of which
+the scattered sum is one, too: a bag is a row, and its entries, sorted, are the tokens that name it. So the sum is the
+same every time.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -47,12 +49,32 @@ def sparse_decode(
 def sparse_decode_reference(
     indices: Int[Tensor, "token k"], values: Float[Tensor, "token k"], decoder: Float[Tensor, "row d"]
 ) -> Float[Tensor, "token d"]:
-    """`sparse_decode` by `embedding_bag`."""
+    """`sparse_decode` by `embedding_bag`; the gradient to the decoder by `scatter_rows`."""
     wide = torch.promote_types(decoder.dtype, torch.float32)
     if not indices.numel():
         return decoder.new_zeros(len(indices), decoder.shape[1])
-    rows = functional.embedding_bag(indices, decoder.to(wide), mode="sum", per_sample_weights=values.to(wide))
-    return rows.to(decoder.dtype)
+    values, wide_decoder = values.to(wide), decoder.to(wide)
+    rows = functional.embedding_bag(indices, wide_decoder.detach(), mode="sum", per_sample_weights=values)
+    with_gradient: Tensor = _DecoderGradient.apply(rows, indices, values.detach(), wide_decoder)
+    return with_gradient.to(decoder.dtype)
+
+
+class _DecoderGradient(torch.autograd.Function):
+    """Rows decoded already, with the gradient to the decoder: that of `embedding_bag` costs twice as much on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, indices: Tensor, values: Tensor, decoder: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, values)
+        ctx.n_rows = len(decoder)
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        indices, values = ctx.saved_tensors
+        needs_decoder = ctx.needs_input_grad[3]
+        grad_decoder = scatter_rows_reference(indices, values, gradient, ctx.n_rows) if needs_decoder else None
+        return gradient, None, None, grad_decoder
 
 
 def scatter_rows(
@@ -78,17 +100,14 @@ def scatter_rows(
 def scatter_rows_reference(
     indices: Int[Tensor, "token k"], values: Float[Tensor, "token k"], rows: Float[Tensor, "token d"], n_rows: int
 ) -> Float[Tensor, "row d"]:
-    """`scatter_rows` as the product of a sparse [row, token] matrix and the rows."""
+    """`scatter_rows` by `embedding_bag` over the entries sorted by row."""
+    if not indices.numel():
+        return rows.new_zeros(n_rows, rows.shape[1])
     entry, first = sorted_by_row(indices, n_rows)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    token = entry // indices.shape[1]
-    with warnings.catch_warnings():
-        # Torch says once a process that its compressed sparse matrices may change; this product has not since 1.13.
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        sparse = torch.sparse_csr_tensor(
-            first, token, values.flatten()[entry].to(wide), (n_rows, len(rows)), check_invariants=False
-        )
-    return (sparse @ rows.to(wide)).to(rows.dtype)
+    token, weights = entry // indices.shape[1], values.flatten()[entry].to(wide)
+    sums = functional.embedding_bag(token, rows.to(wide), first[:-1], mode="sum", per_sample_weights=weights)
+    return sums.to(rows.dtype)
 
 
 def sorted_by_row(

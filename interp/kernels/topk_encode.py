@@ -1,8 +1,8 @@
 """The k largest pre-activations of each token, with a gradient that touches only the selected columns.
 
-The forward is a dense matrix product and torch's `topk`, which no kernel of ours would beat by much. The backward is
-where a top-k encoder wastes its time: autograd scatters the k gradients of a token into a row of zeros as wide as the
-dictionary and multiplies the lot. Here it is a sum of token * k rows (`scatter_rows`).
+The forward is a dense matrix product and torch's `topk`; on a CPU in blocks of tokens, with `topk` of the best groups
+of columns only. The backward that autograd would take scatters the k gradients of a token into a row of zeros as wide
+as the dictionary and multiplies the lot. Here it is a sum of token * k rows (`scatter_rows`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from interp.kernels.sparse_decode import scatter_rows, sparse_decode
 
+BLOCK = 1024
+"""Tokens at once on a CPU where their pre-activations are not kept: these stay in memory that is in use already."""
+GROUP = 8
+"""Columns of a group of which the largest is looked at first."""
+
 
 def topk_encode(
     x: Float[Tensor, "token d"],
@@ -23,21 +28,52 @@ def topk_encode(
     encoder: Float[Tensor, "d row"],
     bias: Float[Tensor, " row"],
     k: int,
-) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"], Float[Tensor, "token row"]]:
+    *,
+    keep: bool = True,
+) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"], Float[Tensor, "kept row"]]:
     """The k largest of `(x - shift) @ encoder + bias` in each token, their columns, and all of them without gradient.
 
     The values have gradients to x, shift, encoder and bias, as if taken from the product by autograd. Which of the
     k comes first is not defined.
+
+    Args:
+        x: the tokens.
+        shift: what is subtracted from them.
+        encoder: the columns.
+        bias: what is added to each column's product.
+        k: how many are selected.
+        keep: give all pre-activations; without, that tensor has no rows, and less memory is taken.
 
     Raises:
         ValueError: if k is not between 1 and the number of columns.
     """
     if not 1 <= k <= encoder.shape[1]:
         raise ValueError(f"k={k} is outside 1..{encoder.shape[1]}, the number of columns of the encoder")
+    found = []
     with torch.no_grad():
-        pre_activations = torch.addmm(bias, x if shift is None else x - shift, encoder)
-        values, indices = pre_activations.topk(k, dim=-1, sorted=False)
-    return selected_columns(x, shift, encoder, bias, indices, values), indices, pre_activations
+        for block in x.split(max(1, len(x)) if keep or x.is_cuda else BLOCK):
+            pre_activations = torch.addmm(bias, block if shift is None else block - shift, encoder)
+            found.append(_largest(pre_activations, k))
+        values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept = pre_activations if keep else pre_activations.new_empty(0, encoder.shape[1])
+    return selected_columns(x, shift, encoder, bias, indices, values), indices, kept
+
+
+def _largest(rows: Float[Tensor, "token row"], k: int) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+    """The k largest of each row and their columns, in any order.
+
+    They lie in the k groups of columns whose largest are largest, and to look for those first takes half the time.
+    """
+    n_columns = rows.shape[1]
+    n_groups = n_columns // GROUP
+    if rows.device.type != "cpu" or n_columns % GROUP or n_groups < 2 * k:
+        values, columns = rows.topk(k, dim=-1, sorted=False)
+        return values, columns
+    # Columns that are n_groups apart make a group, so that the maximum runs along the memory.
+    groups = rows.view(len(rows), GROUP, n_groups).amax(1).topk(k, dim=-1, sorted=False).indices
+    candidates = (groups[:, :, None] + torch.arange(0, n_columns, n_groups)).flatten(1)
+    values, chosen = rows.gather(1, candidates).topk(k, dim=-1, sorted=False)
+    return values, candidates.gather(1, chosen)
 
 
 def selected_columns(
@@ -63,7 +99,9 @@ class _SelectedColumns(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, encoder: Tensor, bias: Tensor, indices: Tensor, values: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x if shift is None else x - shift, encoder, indices)
+        # Under autocast x may be in half precision, too.
+        centred = (x if shift is None else x - shift).to(encoder.dtype)
+        ctx.save_for_backward(centred, encoder, indices)
         return values.to(encoder.dtype, copy=True)
 
     @staticmethod

@@ -6,6 +6,11 @@ import torch
 
 from interp.saes.sae import SAE
 
+BLOCK = 128
+"""Rows at once on a CPU, so that what is made on the way stays in its cache."""
+SMALLEST = 1e-12
+"""Norm below which a row is not scaled to 1."""
+
 
 @torch.no_grad()
 def remove_parallel_gradient(sae: SAE) -> None:
@@ -15,14 +20,20 @@ def remove_parallel_gradient(sae: SAE) -> None:
     """
     gradient = sae.W_dec.grad
     if gradient is not None:
-        directions = torch.nn.functional.normalize(sae.W_dec, dim=-1)
-        gradient.sub_((gradient * directions).sum(-1, keepdim=True) * directions)
+        for rows, slopes in zip(sae.W_dec.split(_block(sae)), gradient.split(_block(sae)), strict=True):
+            sizes = rows.square().sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+            slopes.addcmul_(rows, (slopes * rows).sum(-1, keepdim=True) / sizes, value=-1)
 
 
 @torch.no_grad()
 def normalise_decoder(sae: SAE) -> None:
-    """Scales every decoder row to norm 1, in place; a row of zeros, as a new transcoder's, stays.
+    """Scales every decoder row to norm 1, in place; a row of zeros stays.
 
     It changes the function; `fold_decoder_norm` does not.
     """
-    sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=-1))
+    for rows in sae.W_dec.split(_block(sae)):
+        rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(SMALLEST))
+
+
+def _block(sae: SAE) -> int:
+    return BLOCK if sae.device.type == "cpu" else sae.d_sae

@@ -47,7 +47,7 @@ class TopKFamily(SAE):
         **shared: see `SAE`.
 
     Raises:
-        ValueError: if k is not between 1 and d_sae.
+        ValueError: if k is not between 1 and d_sae, or k_aux not 1 or more.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class TopKFamily(SAE):
         super().__init__(d_in, d_sae, **shared)
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..{d_sae}, the number of features")
+        if k_aux is not None and k_aux < 1:
+            raise ValueError(f"k_aux={k_aux} must be 1 or more; auxk_coefficient=0 switches the auxiliary loss off")
         self.k = k
         self.auxk_coefficient = auxk_coefficient
         self.k_aux = max(1, d_in // 2) if k_aux is None else k_aux
@@ -75,13 +77,13 @@ class TopKFamily(SAE):
     def auxk_loss(
         self,
         x: Float[Tensor, "token d_in"],
-        pre_activations: Float[Tensor, "token d_sae"],
+        pre_activations: Float[Tensor, "kept d_sae"],
         error: Float[Tensor, "token d_out"],
         dead: Bool[Tensor, " d_sae"] | None,
     ) -> Float[Tensor, ""] | None:
         """Squared error of what the `k_aux` strongest dead features make of the error, with its coefficient.
 
-        The error itself gets no gradient. None where no feature is dead.
+        The error itself gets no gradient. None where no feature is dead, and then no pre-activations need be given.
         """
         if dead is None or not self.auxk_coefficient or not bool(dead.any()):
             return None
@@ -114,7 +116,9 @@ class TopKSAE(TopKFamily):
         """Squared error + AuxK of the dead features. Decoder and backward cost k, not d_sae, rows a token."""
         x, target = self.tokens(x, target)
         self.check_input(x)
-        values, indices, pre_activations = topk_encode(x, self._shift(), self.W_enc, self.b_enc, self.k)
+        values, indices, pre_activations = topk_encode(
+            x, self._shift(), self.W_enc, self.b_enc, self.k, keep=dead is not None and bool(dead.any())
+        )
         values = values.relu()
         output = self.add_skip(sparse_decode(indices, values, self.W_dec) + self.b_dec, x)
         return make_loss(
@@ -135,12 +139,17 @@ class BatchTopKFamily(TopKFamily):
         d_sae: number of features.
         threshold_rate: share of the newest batch in the running mean of the threshold.
         **options: see `TopKFamily` and `SAE`.
+
+    Raises:
+        ValueError: if the rate is no share of a batch.
     """
 
-    threshold: Tensor
+    threshold: Float[Tensor, ""]
 
     def __init__(self, d_in: int, d_sae: int, *, threshold_rate: float = 0.01, **options: Unpack[TopKOptions]) -> None:
         super().__init__(d_in, d_sae, **options)
+        if not 0 < threshold_rate <= 1:
+            raise ValueError(f"threshold_rate={threshold_rate} is a share: more than 0 and at most 1")
         self.threshold_rate = threshold_rate
         self.register_buffer("threshold", torch.zeros(()))
 

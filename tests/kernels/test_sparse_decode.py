@@ -88,11 +88,13 @@ def test_inputs_need_not_be_contiguous(decode: Callable[..., Tensor]) -> None:
     indices, values, decoder = (one.to(device_of(decode)) for one in case(6, 4, 20, 9))
     values, decoder = values.float(), decoder.float()
     expected = sparse_decode_reference(indices.cpu(), values.cpu(), decoder.cpu())
-    strided = (indices.T.contiguous().T, values.T.contiguous().T, decoder.T.contiguous().T.requires_grad_())
+    strided = (indices.T.contiguous().T, *(one.T.contiguous().T.requires_grad_() for one in (values, decoder)))
     out = decode(*strided)
     torch.testing.assert_close(out.detach().cpu(), expected)
     out.sum().backward()  # the gradient of a sum is an expanded, zero-stride tensor
+    assert strided[1].grad is not None
     assert strided[2].grad is not None
+    torch.testing.assert_close(strided[1].grad, decoder[indices].sum(-1))
     torch.testing.assert_close(strided[2].grad.cpu(), code(indices, values, 9).sum(0).cpu()[:, None].expand(-1, 20))
 
 
@@ -142,6 +144,20 @@ def test_top_k_encoding_equals_the_dense_one(shifted: bool) -> None:
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(("n_tokens", "k", "n_rows"), [(2050, 3, 48), (5, 4, 64), (0, 3, 64), (3, 1, 16), (4, 9, 64)])
+def test_top_k_encoding_in_blocks_and_groups_finds_the_same(n_tokens: int, k: int, n_rows: int) -> None:
+    """More tokens than a block, widths that are groups of columns, few and many groups for each k; ties are many."""
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((n_tokens, 3), (3, n_rows)))
+    dense = x @ encoder
+    for keep in (True, False):
+        values, indices, kept = topk_encode(x, None, encoder, torch.zeros(n_rows), k, keep=keep)
+        assert torch.equal(values, dense.gather(1, indices))
+        assert torch.equal(values.sort(1, descending=True).values, dense.topk(k).values)
+        assert all(len(row.unique()) == k for row in indices)
+        assert torch.equal(kept, dense if keep else dense[:0])
 
 
 def test_top_k_encoding_makes_only_the_gradients_asked_for() -> None:
