@@ -7,12 +7,13 @@ package is imported anywhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 # Not the modules that make a closure for every hook: each closure would be decorated anew, at every call.
 SHAPE_CHECKED = [
@@ -22,6 +23,7 @@ SHAPE_CHECKED = [
         "tasks",
         "patching",
         "heads",
+        "saes",
         "sinks.calibration",
         "sinks.dimensions",
         "sinks.massive",
@@ -42,7 +44,8 @@ SHAPE_CHECKED = [
         "model.weights",
     )
 ]
-install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+# To beartype an int is a float only when asked; to Python's typing (PEP 484) it always is.
+jaxtyping.install_import_hook(SHAPE_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import pytest
 import torch
@@ -125,6 +128,14 @@ def tiny_gpt2_hf(vocabulary: int) -> nn.Module:
         vocab_size=vocabulary, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
     )
     return randomise(transformers.GPT2LMHeadModel(config))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations go unchecked, as where the package is used: for what it says to whoever passes something else."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

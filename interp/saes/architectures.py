@@ -41,6 +41,8 @@ def make(
     Decoder rows are random directions of norm 1. The encoder is the decoder transposed; that of a transcoder has random
     directions of its own. Other biases are 0 and thresholds of JumpReLU `INITIAL_THRESHOLD`; a skip connection is 0.
 
+    >>> sae = make("topk", 576, 4608, k=32, site="blocks.15.attn.hook_z")
+
     Args:
         architecture: a name of `ARCHITECTURES`.
         d_in: width of the input: of `hook_z` heads * d_head.
@@ -53,7 +55,8 @@ def make(
             `apply_b_dec_to_input`; see the class and `SAE`.
 
     Raises:
-        ValueError: for an unknown architecture or setting, or one that the architecture refuses.
+        ValueError: for an unknown architecture or setting, one that the architecture refuses, or a b_dec of another
+            width.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{architecture!r} is not an architecture; choose one of {', '.join(ARCHITECTURES)}")
@@ -66,6 +69,8 @@ def make(
     if is_transcoder:
         settings.setdefault("apply_b_dec_to_input", False)
     sae = kind(d_in, d_sae, target_site=target_site, d_out=d_out, **settings)
+    if b_dec is not None and b_dec.shape != sae.b_dec.shape:
+        raise ValueError(f"b_dec is {list(b_dec.shape)}; it must be {list(sae.b_dec.shape)}, the width of the output")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         sae.W_dec.copy_(_directions(sae.W_dec, generator))

@@ -25,8 +25,9 @@ from interp.heads.patterns import pattern
 from interp.model import Model, Site
 from interp.model.edit import resolve_columns
 from interp.patching.labels import model_provenance
+from interp.saes.activations import gather
 from interp.saes.head_share import layer_of_z
-from interp.saes.sae import SAE, to_rows
+from interp.saes.sae import SAE
 from interp.saes.splice import sites_of
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def feature_attribution(
 
     Exact: `attribution` summed over its last axes, plus `bias`, is `pre_activation` (attr `sum_error` is the largest
     gap left by rounding). The pre-activation is what the encoder computes before its threshold (a gated SAE: its gate),
-    also where the feature is off. Costs two forward passes; holds features x positions x sources numbers, times heads
-    with by="both".
+    also where the feature is off. Costs a forward pass and one up to the SAE's layer; holds features x positions x
+    sources numbers, times heads with by="both".
 
     Args:
         model: the model.
@@ -65,11 +66,12 @@ def feature_attribution(
 
     Returns:
         Dataset of `attribution`, `bias` [feature] (b_enc − w · b_dec), `pre_activation` and `activation` [feature,
-        position], and `sink_mass` [position, head], attention that a learned sink takes. Coordinates `token` and
-        `source_token` hold token strings.
+        position]; and [position, head] `first_mass`, the attention on the first token (BOS, where there is one), and
+        `sink_mass`, what a learned sink takes. Coordinates `token` and `source_token` hold token strings.
 
     Raises:
         ValueError: if the SAE reads another site, or a feature or position is out of range.
+        FloatingPointError: if the model's activations are NaN or infinite.
 
     Source: Kissane et al. 2024 (arXiv 2406.17759). Checked against loops over heads and positions, and against the
     pre-activation itself, in tests/saes/test_attribution.py.
@@ -82,12 +84,15 @@ def feature_attribution(
     ids = prompt_ids(model, prompt)
     targets = list(range(len(ids))) if positions is None else resolve_columns(positions, len(ids), "position")
     attention = pattern(model, ids[None], layer, range(model.n_heads), rows=targets)
-    _, cache = model.run_with_cache(ids[None], [Site("v", layer), Site("z", layer)], logits_to_keep=1)
-    z = to_rows(Site("z", layer), cache["z", layer])[0].float().to(sae.device)
-    rows, bias = encoder_rows(sae, chosen)
-    read = _read_values(model, cache["v", layer][0], rows)
-    pre = sae.pre_activations(z)[targets][:, chosen].T.cpu()
     rows_of_pattern = torch.from_numpy(attention.values[0])
+    seen = {
+        site.kind: one[0].float()
+        for site, one in gather(model, ids[None], [Site("v", layer), Site("z", layer)]).items()
+    }
+    z = seen["z"][targets].to(sae.device)
+    rows, bias = encoder_rows(sae, chosen)
+    read = _read_values(model, seen["v"], rows)
+    pre = sae.pre_activations(z)[:, chosen].T.cpu()
     parts = torch.einsum(_SUMS[by], rows_of_pattern, read)
     total = parts.flatten(2).sum(-1) + bias.cpu()[:, None]
     labels = token_strings(model, ids)
@@ -96,7 +101,8 @@ def feature_attribution(
             "attribution": (("feature", "position", *_AXES[by]), parts.numpy()),
             "bias": ("feature", bias.cpu().numpy()),
             "pre_activation": (("feature", "position"), pre.numpy()),
-            "activation": (("feature", "position"), sae.encode(z)[targets][:, chosen].T.cpu().numpy()),
+            "activation": (("feature", "position"), sae.encode(z)[:, chosen].T.cpu().numpy()),
+            "first_mass": (("position", "head"), rows_of_pattern[..., 0].T.numpy()),
             "sink_mass": (("position", "head"), (1 - rows_of_pattern.sum(-1)).clamp(min=0).T.numpy()),
         },
         coords={
@@ -161,11 +167,12 @@ def token_strings(model: Model, ids: Int[Tensor, " pos"]) -> list[str]:
 
 
 def _read_values(
-    model: Model, v: Float[Tensor, "source kv_head d_head"], rows: Float[Tensor, "feature d_in"]
+    model: Model, v: Float[Tensor, "source d_values"], rows: Float[Tensor, "feature d_in"]
 ) -> Float[Tensor, "feature source head"]:
     """u: the dot product of each feature's block for a head with that head's value at each source."""
     blocks = rows.unflatten(-1, (model.n_kv_heads, model.n_heads // model.n_kv_heads, model.d_head))
-    return torch.einsum("fgrd,sgd->fsgr", blocks.cpu(), v.float().cpu()).flatten(2)
+    values = v.unflatten(-1, (model.n_kv_heads, model.d_head))
+    return torch.einsum("fgrd,sgd->fsgr", blocks.cpu(), values.cpu()).flatten(2)
 
 
 def draw_attribution(attribution: xr.Dataset, feature: int, position: int) -> go.Figure:
@@ -192,8 +199,8 @@ def draw_attribution(attribution: xr.Dataset, feature: int, position: int) -> go
     cell = parts.loc[{"feature": feature, "position": position}]
     by_head = "head" in cell.dims
     cells = cell.values.T if by_head else cell.values[None]
-    names = [f"head {one}" for one in attribution["head"].values] if by_head else ["all heads"]
-    tokens = [html.escape(str(one).replace("\n", "⏎")) for one in attribution["source_token"].values]
+    names = [f"L{attribution.attrs['layer']}H{one}" for one in attribution["head"].values] if by_head else ["all heads"]
+    tokens = [_token_label(str(one)) for one in attribution["source_token"].values]
     limit = float(abs(cells).max()) or 1.0
     figure = go.Figure(
         go.Heatmap(
@@ -208,14 +215,23 @@ def draw_attribution(attribution: xr.Dataset, feature: int, position: int) -> go
         )
     )
     here = attribution.loc[{"feature": feature, "position": position}]
-    token = html.escape(str(here["token"].values).replace("\n", "⏎"))
+    token = _token_label(str(here["token"].values))
+    title = (
+        f"What feature {feature} of layer {attribution.attrs['layer']} reads at {token!r} (position {position}): "
+        f"pre-activation {float(here['pre_activation']):.3f}, of it bias {float(here['bias']):.3f}"
+    )
     figure.update_layout(
-        title=f"What feature {feature} of layer {attribution.attrs['layer']} reads at {token!r} (position {position}): "
-        f"pre-activation {float(here['pre_activation']):.3f}, of it bias {float(here['bias']):.3f}",
+        title={"text": title, "x": 0, "font_size": 15},
         height=220 + 22 * len(names),
         template="none",
         margin={"l": 80, "r": 20, "t": 60, "b": 90},
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": "#1b2430"},
     )
     figure.update_xaxes(tickmode="array", tickvals=list(range(len(tokens))), ticktext=tokens, title_text="source token")
     figure.update_yaxes(autorange="reversed", title_text="")
     return figure
+
+
+def _token_label(text: str) -> str:
+    """A token as plotly shows it: blanks visible, its own marks escaped."""
+    return html.escape(text.strip(" ").replace("\n", "⏎") or "␣")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from interp.model import Model
 from interp.patching.batching import batches
+from interp.patching.progress import progress_bar
 from interp.saes.activations import gather
 from interp.saes.architectures import make
 from interp.saes.relu import ReLUSAE
 from interp.saes.sae import SAE
-from interp.saes.splice import sites_of
+from interp.saes.splice import counted, sites_of
 
 _TOKENS_AT_ONCE = 4096
 """Whose features are held together while the scale of a random decoder is fitted."""
@@ -36,7 +37,7 @@ def pca(activations: Float[Tensor, "token d"], k: int, *, site: str | None = Non
     Raises:
         ValueError: if k is not a number of directions, or a single token has no variance.
     """
-    _check(activations, k, activations.shape[1], "dimensions")
+    _check(len(activations), k, activations.shape[1], "dimensions")
     centred = activations.double()
     mean = centred.mean(0)
     centred = centred - mean
@@ -70,7 +71,7 @@ def random_decoder(
     Raises:
         ValueError: if k is not a number of features, or a single token has no variance.
     """
-    _check(activations, k, d_sae, "features")
+    _check(len(activations), k, d_sae, "features")
     mean = activations.double().mean(0)
     metadata = {"baseline": f"random decoder, k = {k}", "n_tokens": len(activations)}
     sae = make("topk", len(mean), d_sae, seed=seed, k=k, b_dec=mean, site=site, metadata=metadata)
@@ -94,6 +95,7 @@ def baselines(
     exclude: Bool[Tensor, "prompt pos"] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: bool | None = None,
 ) -> dict[str, SAE]:
     """Both baselines for an SAE, at as many features a token as it has on these tokens.
 
@@ -107,33 +109,37 @@ def baselines(
         exclude: tokens left out (True), as in `evaluate`.
         seed: of the random directions.
         batch_size: prompts a forward pass; by default about a thousand tokens' worth.
+        progress: show a progress bar; None: in a terminal or notebook only.
 
     Returns:
         "pca" and "random".
 
     Raises:
-        ValueError: if the SAE does not fit the model, or too few tokens are left.
+        ValueError: if the SAE, `exclude` or k does not fit, or too few tokens are left.
     """
     source, target = sites_of(model, sae)
-    kept = torch.ones_like(tokens, dtype=torch.bool) if exclude is None else ~exclude
+    kept = counted(tokens, exclude)
+    _check(int(kept.sum()), k, sae.d_out, "dimensions")
     activations, n_active = [], 0
-    for rows in batches(len(tokens), tokens.shape[1], batch_size):
-        found = gather(model, tokens[rows].to(model.device), list(dict.fromkeys((source, target))))
-        activations.append(found[target][kept[rows].to(found[target].device)])
-        if k is None:
-            inputs = found[source][kept[rows].to(found[source].device)]
-            n_active += int((sae.encode(inputs.to(sae.dtype)) != 0).sum())
+    with progress_bar(len(tokens), "activations for the baselines", "prompt", progress=progress) as bar:
+        for rows in batches(len(tokens), tokens.shape[1], batch_size):
+            found = gather(model, tokens[rows].to(model.device), list(dict.fromkeys((source, target))))
+            activations.append(found[target][kept[rows].to(found[target].device)])
+            if k is None:
+                inputs = found[source][kept[rows].to(found[source].device)]
+                n_active += int((sae.encode(inputs.to(sae.dtype)) != 0).sum())
+            bar.update(len(found[target]))
     fitted_to = torch.cat(activations)
     if k is None:
-        k = min(max(round(n_active / max(len(fitted_to), 1)), 1), sae.d_out)
+        k = min(max(round(n_active / len(fitted_to)), 1), sae.d_out)
     return {
         "pca": pca(fitted_to, k, site=str(target)),
         "random": random_decoder(fitted_to, min(k, sae.d_sae), sae.d_sae, site=str(target), seed=seed),
     }
 
 
-def _check(activations: Tensor, k: int, most: int, what: str) -> None:
-    if not 1 <= k <= most:
+def _check(n_tokens: int, k: int | None, most: int, what: str) -> None:
+    if k is not None and not 1 <= k <= most:
         raise ValueError(f"k={k} is outside 1..{most}, the number of {what}")
-    if len(activations) < 2:
-        raise ValueError(f"{len(activations)} token has no variance to explain; give two or more")
+    if n_tokens < 2:
+        raise ValueError(f"{n_tokens} token has no variance to explain; give two or more")

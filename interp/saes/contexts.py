@@ -28,9 +28,10 @@ from interp.model.edit import resolve_columns
 from interp.patching.batching import batches
 from interp.patching.labels import model_provenance
 from interp.patching.progress import progress_bar
+from interp.saes.activations import gather
 from interp.saes.attribution import token_strings
 from interp.saes.sae import SAE
-from interp.saes.splice import features_of
+from interp.saes.splice import sites_of
 
 N_BINS = 64
 MAX_INTERVALS = N_BINS // 2
@@ -55,15 +56,16 @@ def feature_contexts(
 ) -> xr.Dataset:
     """Contexts in which features are active, the strongest ones and samples by strength, with their token strings.
 
-    A sequence stands for its strongest position, so that no sequence is listed twice in a group. Costs one forward pass
-    a sequence; holds batch x pos x d_sae numbers and the windows that are kept.
+    A sequence stands for its strongest position, so that no sequence is listed twice in a group; of the same passage in
+    several sequences the strongest contexts list the strongest one only. Costs one forward pass a sequence, up to the
+    SAE's site; holds batch x pos x d_sae numbers and the windows that are kept.
 
     Args:
         model: the model.
         sae: the SAE, at any site.
         tokens: sequences of token ids, or an iterable of such blocks, read once.
         features: one feature or several.
-        n_top: strongest contexts, one a sequence.
+        n_top: strongest contexts, one a sequence, no two with the same tokens.
         n_intervals: equal parts of the range from 0 to the feature's maximum (to a bin's width), up to 32; 0 for none.
         per_interval: contexts drawn from each part; a part with fewer gives what it has.
         window: tokens shown before and after the strongest position.
@@ -86,8 +88,10 @@ def feature_contexts(
 
     Raises:
         ValueError: if a feature or position is out of range, or a count is negative.
+        FloatingPointError: if the model's activations are NaN or infinite.
     """
     started = time.perf_counter()
+    site, _ = sites_of(model, sae)
     chosen = resolve_columns(features, sae.d_sae, "feature")
     if n_top < 0 or per_interval < 0 or min(window) < 0 or not 0 <= n_intervals <= MAX_INTERVALS:
         raise ValueError(
@@ -98,9 +102,10 @@ def feature_contexts(
     total = len(tokens) if isinstance(tokens, Tensor) else 0
     with progress_bar(total, "reading contexts", "sequence", progress=progress) as bar:
         for ids in _blocks(tokens, batch_size):
-            found = features_of(model, ids, sae)[..., chosen].float().cpu()
-            found[:, resolve_columns(exclude, ids.shape[1], "position")] = 0
-            reading.add(ids.cpu().numpy(), found.numpy(), ids.numel() - len(exclude) * len(ids))
+            found = sae.encode(gather(model, ids, [site])[site].to(sae.dtype))[..., chosen].float().cpu()
+            excluded = sorted(set(resolve_columns(exclude, ids.shape[1], "position")))
+            found[:, excluded] = 0
+            reading.add(ids.cpu().numpy(), found.numpy(), ids.numel() - len(excluded) * len(ids))
             bar.update(len(ids))
     if not reading.n_sequences:
         raise ValueError("there are no sequences to read: tokens is empty")
@@ -159,25 +164,36 @@ class _Reading:
     ) -> None:
         """Read one batch."""
         keys = self.random.random((len(ids), self.n_features))
-        best, peaks = activations.argmax(1), activations.max(1)
         for index in range(self.n_features):
             mine = activations[..., index]
             positive = mine[mine > 0].astype(np.float64)
-            if len(positive):
-                self.highest[index] = max(positive.max(), self.highest[index])
-                self._widen(index, float(positive.max()))
-                self.counts[index] += np.bincount(self._bins(index, positive), minlength=N_BINS)
-                rows = np.flatnonzero(peaks[:, index] > 0)
-                places = self._bins(index, peaks[rows, index].astype(np.float64))
-                for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-                    ranks = ((self.tops[index], self.n_top, float(peaks[row, index])),
-                             (self.samples[index][place], self.per_bin, -float(keys[row, index])))  # fmt: skip
-                    for heap, size, rank in ranks:
-                        if size and (len(heap) < size or rank > heap[0].key):
-                            entry = self._context(rank, row, int(best[row, index]), ids[row], mine[row])
-                            (heapq.heappush if len(heap) < size else heapq.heapreplace)(heap, entry)
+            if not len(positive):
+                continue
+            self.highest[index] = max(positive.max(), self.highest[index])
+            self._widen(index, float(positive.max()))
+            self.counts[index] += np.bincount(self._bins(index, positive), minlength=N_BINS)
+            best, peaks = mine.argmax(1), mine.max(1).astype(np.float64)
+            places = self._bins(index, peaks)
+            for row in np.flatnonzero(peaks > 0).tolist():
+                sample, draw = self.samples[index][places[row]], -float(keys[row, index])
+                if _enters(sample, self.per_bin, draw):
+                    _push(sample, self.per_bin, self._context(draw, row, int(best[row]), ids[row], mine[row]))
+                if _enters(self.tops[index], self.n_top, peaks[row]):
+                    entry = self._context(float(peaks[row]), row, int(best[row]), ids[row], mine[row])
+                    self._list(self.tops[index], entry)
         self.n_sequences += len(ids)
         self.n_tokens += n_tokens
+
+    def _list(self, strongest: list[_Context], entry: _Context) -> None:
+        """Into the strongest, in place of the same passage if that is there."""
+        before = min(entry.position, self.window[0])
+        for slot, one in enumerate(strongest):
+            if min(one.position, self.window[0]) == before and np.array_equal(one.ids, entry.ids):
+                if entry.key > one.key:
+                    strongest[slot] = entry
+                    heapq.heapify(strongest)
+                return
+        _push(strongest, self.n_top, entry)
 
     def _bins(self, index: int, values: np.ndarray) -> np.ndarray:
         """Bins are open below and closed above, which doubling the range leaves true; division by 2^n is exact."""
@@ -208,6 +224,15 @@ class _Reading:
         for part in np.array_split(np.arange(used), n_intervals):
             edge = self.high[index] * (part[-1] + 1) / N_BINS if len(part) else np.nan
             yield edge, heapq.nlargest(self.per_bin, [one for at in part for one in self.samples[index][at]])
+
+
+def _enters(heap: list[_Context], size: int, key: float) -> bool:
+    """Whether a key is among the largest so many; of equal ones those that were there stay."""
+    return len(heap) < size or (size > 0 and bool(key > heap[0].key))
+
+
+def _push(heap: list[_Context], size: int, entry: _Context) -> None:
+    (heapq.heappush if len(heap) < size else heapq.heapreplace)(heap, entry)
 
 
 def _blocks(

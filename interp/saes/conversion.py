@@ -58,6 +58,11 @@ def subtract_b_dec(sae: AnySAE) -> AnySAE:
     return moved
 
 
+def model_name(sae: SAE) -> str | None:
+    """The model that it was trained on, as files call it; `interp.saes.train` notes "model" like all results."""
+    return sae.metadata.get("model_name", sae.metadata.get("model"))
+
+
 def refuse_transcoder(sae: SAE, format_name: str) -> None:
     """For formats that hold autoencoders only.
 
@@ -69,8 +74,12 @@ def refuse_transcoder(sae: SAE, format_name: str) -> None:
 
 
 def site_of_module(module: str) -> str | None:
-    """The site of a Hugging Face module's output: "model.layers.5.mlp" -> "blocks.5.hook_mlp_out"; None: unknown."""
-    if module.rpartition(".")[2] in ("embed_tokens", "wte", "embed_in"):
+    """The site of a Hugging Face module's output: "model.layers.5.mlp" -> "blocks.5.hook_mlp_out"; None: unknown.
+
+    In a family with a norm after attention or MLP (Gemma 2, OLMo 2) or a scaled embedding the site lies after that.
+    """
+    # GPT-2's `wte` is none: positions are added to it before the first block.
+    if module.rpartition(".")[2] in ("embed_tokens", "embed_in"):
         return "hook_embed"
     found = re.fullmatch(r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?", module)
     if found is None or (found[2] or "") not in _MODULES:

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.model.sites import Site
-from interp.saes.conversion import assemble, refuse_transcoder, subtract_b_dec
+from interp.model.sites import SITE_DIMS, Site
+from interp.saes.conversion import assemble, model_name, refuse_transcoder, subtract_b_dec
 from interp.saes.folding import fold_b_dec, fold_decoder_norm
 from interp.saes.gated import GatedSAE
 from interp.saes.jumprelu import JumpReLUSAE
@@ -40,7 +40,8 @@ from interp.saes.weight_files import Settings, Weights, read_settings, read_weig
 SETTINGS_FILE = "config.json"
 WEIGHTS_FILE = "ae.pt"
 
-_SUBMODULE = re.compile(r"(resid_post|resid_pre|resid_mid|attn_out|mlp_out)_layer_?(\d+)")
+_SUBMODULE = re.compile(r"(\w+?)_layer_?(\d+)")
+"""Names that its own scripts give ("resid_post_layer_5"), and the same for other kinds of site ("z_layer_5")."""
 
 
 def load(path: Path) -> SAE:
@@ -109,7 +110,7 @@ def _about(trainer: Settings | None, settings: Settings | None) -> tuple[str | N
         return None, {"source_format": "dictionary_learning"}
     submodule = trainer.get("submodule_name", str, None)
     found = _SUBMODULE.fullmatch(submodule or "")
-    site = str(Site(found[1], int(found[2]))) if found else None
+    site = str(Site(found[1], int(found[2]))) if found and found[1] in SITE_DIMS else None
     metadata = {
         "source_format": "dictionary_learning",
         "model_name": trainer.get("lm_name", str, None),
@@ -234,9 +235,9 @@ def save(sae: SAE, folder: Path) -> None:
     trainer: dict[str, Any] = {"dict_class": kind, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
     if isinstance(sae, TopKFamily):
         trainer["k"] = sae.k
-    trainer["lm_name"] = sae.metadata.get("model_name")
+    trainer["lm_name"] = model_name(sae)
     site = _parsed(sae.site)
-    if site is not None:
+    if site is not None and site.layer is not None:
         trainer["layer"] = site.layer
         trainer["submodule_name"] = f"{site.kind}_layer_{site.layer}"
     content = {"trainer": trainer, "buffer": {"ctx_len": sae.metadata.get("context_size"), "d_submodule": sae.d_in}}

@@ -26,7 +26,7 @@ from interp.patching.progress import progress_bar
 from interp.saes.activations import gather
 from interp.saes.reconstruction import FORMULAS, ReconstructionSums
 from interp.saes.sae import SAE, to_rows
-from interp.saes.splice import replaced, sites_of, spliced
+from interp.saes.splice import counted, features_of, replaced, sites_of, spliced
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -51,7 +51,7 @@ def evaluate(
 ) -> xr.Dataset:
     """Losses with an SAE spliced in, quality of its reconstructions, and firing rates of its features.
 
-    Costs four forward passes a prompt, and one more as far as the site, for the mean.
+    Costs four forward passes a prompt, one more as far as the site, for the mean, and one of the first prompt.
 
     Args:
         model: the model.
@@ -81,10 +81,13 @@ def evaluate(
     against all activations at once in tests/saes/test_evaluate.py.
     """
     source, target = sites_of(model, sae)
-    _check(model, tokens, exclude)
+    _check(model, tokens)
+    kept = counted(tokens, exclude)
+    if not bool(kept[:, :-1].any()):
+        raise ValueError("`exclude` leaves no token that predicts another one")
     started = time.perf_counter()
-    kept = torch.ones_like(tokens, dtype=torch.bool) if exclude is None else ~exclude
     tokens, kept = tokens.to(model.device), kept.to(model.device)
+    features_of(model, tokens[:1], sae)  # an SAE on another device shows now, not after the pass for the mean
     sums = ReconstructionSums(sae.d_out, sae.d_sae, sae.device)
     ce = np.zeros((len(RUNS), len(tokens)))
     kl = np.zeros((len(RUNS), len(tokens)))
@@ -187,19 +190,13 @@ def _headline(evaluation: xr.Dataset) -> str:
     )
 
 
-def _check(model: Model, tokens: Tensor, exclude: Tensor | None) -> None:
+def _check(model: Model, tokens: Tensor) -> None:
     if tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise ValueError(f"there is nothing to predict: the tokens have shape {tuple(tokens.shape)}")
     if bool(model.images.mask(tokens).any()):
         raise ValueError("the prompts have images, whose pieces are no words to predict; give prompts of text alone")
     if model.hf.get_output_embeddings() is None:
         raise ValueError(f"{model.name} has no language-model head: there is no next token to predict")
-    if exclude is None:
-        return
-    if exclude.shape != tokens.shape or exclude.dtype != torch.bool:
-        raise ValueError(f"`exclude` is a bool for each token, {tuple(tokens.shape)}; got {tuple(exclude.shape)}")
-    if bool(exclude[:, :-1].all()):
-        raise ValueError("`exclude` leaves no token that predicts another one")
 
 
 def _mean(

@@ -106,7 +106,7 @@ def as_jumprelu(sae: BatchTopKFamily) -> JumpReLUSAE:
         target_site=sae.target_site,
         metadata=copy.deepcopy(sae.metadata),
     ).to(sae.W_enc)
-    made.train(sae.training)
+    made.train(sae.training).requires_grad_(sae.W_enc.requires_grad)
     for name, parameter in made.named_parameters():
         parameter.copy_(getattr(sae, name))
     return made

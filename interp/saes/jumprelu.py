@@ -26,7 +26,7 @@ from interp.saes.sae import SAE, Shared
 
 
 class JumpReLUSAE(SAE):
-    """One threshold a feature.
+    """One threshold a feature, 0 or more: training keeps it so, for below 0 only the count of the penalty would change.
 
     Args:
         d_in: width of the input.
@@ -157,7 +157,7 @@ class _JumpReLU(torch.autograd.Function):
         grad_threshold = None
         if ctx.needs_input_grad[1]:
             near = _near(pre_activations, threshold, ctx.bandwidth)
-            grad_threshold = (-threshold / ctx.bandwidth) * (near * grad).flatten(0, -2).sum(0)
+            grad_threshold = (-threshold / ctx.bandwidth) * (near * grad).sum_to_size(threshold.shape)
         return grad * ((pre_activations > threshold) & (pre_activations > 0)), grad_threshold, None
 
 
@@ -175,4 +175,4 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         pre_activations, threshold = ctx.saved_tensors
         near = _near(pre_activations, threshold, ctx.bandwidth)
-        return None, (near * grad).flatten(0, -2).sum(0) / -ctx.bandwidth, None
+        return None, (near * grad).sum_to_size(threshold.shape) / -ctx.bandwidth, None

@@ -30,7 +30,8 @@ def logit_weights(model: Model, sae: SAE, features: int | Sequence[int], *, n: i
     (TransformerLens folds it into W_U), the final norm's gain, and for LayerNorm its centring, are taken along, and so
     is the norm after attention where the family has one. The norms' scales depend on the prompt and are left out:
     compare tokens of a feature, not features with each other. Later layers are passed over. W_U is the model's own,
-    with its logit scale; the mean over tokens, which no probability depends on, is not taken off.
+    with its logit scale. Its bias, which is no feature's, and a soft-cap on logits, which keeps their order, are left
+    out; the mean over tokens, which no probability depends on, is not taken off.
 
     Args:
         model: the model.

@@ -79,7 +79,8 @@ def weighted_l1(features: Float[Tensor, "token d_sae"], W_dec: Float[Tensor, "d_
     The weights make it independent of how a feature's size is shared between encoder and decoder; under a unit-norm
     constraint they are 1.
     """
-    return (features @ W_dec.norm(dim=-1)).mean()
+    # No matrix product, which autocast would round.
+    return (features.mean(0) * W_dec.norm(dim=-1)).sum()
 
 
 def strongest_dead(

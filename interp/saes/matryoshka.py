@@ -41,7 +41,7 @@ class MatryoshkaSAE(BatchTopKFamily):
         super().__init__(d_in, d_sae, **options)
         if widths is None:
             widths = sorted({max(1, d_sae // part) for part in (16, 8, 4, 2, 1)})
-        if list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != d_sae:
+        if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != d_sae:
             raise ValueError(f"widths={list(widths)} must ascend from 1 or more to d_sae={d_sae}")
         self.widths = tuple(widths)
 

@@ -74,7 +74,8 @@ def sparse_probing(
         best first: `feature` [class, rank] and `mean_difference` [class, rank] (in the class minus outside).
 
     Raises:
-        ValueError: if labels and texts do not fit, a class has fewer than four texts, or k is out of range.
+        ValueError: before any run, if labels and texts do not fit, a class has fewer than four texts, too few are held
+            out for each class to be among them, or a number is out of range.
 
     Source: Gurnee et al. 2023 (arXiv 2305.01610); for SAEs Gao et al. 2024 and SAEBench, with the same choice of
     features. A planted feature is found in tests/saes/test_probing.py.
@@ -83,11 +84,11 @@ def sparse_probing(
 
     source, _ = sites_of(model, sae)
     labels = list(labels)
-    classes = _check(len(texts), labels, k, sae.d_sae, level, test_share)
+    classes = _check(len(texts), labels, k, sae.d_sae, level, test_share, regularisation)
     started = time.perf_counter()
-    features, dense = _pooled(model, sae, source, texts, first, batch_size, progress)
     index = np.array([classes.index(label) for label in labels])
     train, test = train_test_split(np.arange(len(index)), test_size=test_share, stratify=index, random_state=seed)
+    features, dense = _pooled(model, sae, source, texts, first, batch_size, progress)
     told = range(1, 2) if len(classes) == 2 else range(len(classes))
     accuracy = np.full((len(told), 1 + len(k), len(STATISTICS)), np.nan)
     best = np.zeros((len(told), max(k)), dtype=np.int64)
@@ -131,12 +132,18 @@ def sparse_probing(
 
 
 def _check(
-    n_texts: int, labels: list[Hashable], k: Sequence[int], d_sae: int, level: float, test_share: float
+    n_texts: int,
+    labels: list[Hashable],
+    k: Sequence[int],
+    d_sae: int,
+    level: float,
+    test_share: float,
+    regularisation: float,
 ) -> list[Hashable]:
     """The classes, sorted."""
     if len(labels) != n_texts:
         raise ValueError(f"{n_texts} texts have {len(labels)} labels: give one for each")
-    classes = sorted(set(labels), key=str)
+    classes = sorted(dict.fromkeys(labels), key=str)
     if len(classes) < 2:
         raise ValueError("there is one class only: nothing can be told apart")
     for one in classes:
@@ -147,6 +154,8 @@ def _check(
     for name, share in (("level", level), ("test_share", test_share)):
         if not 0 < share < 1:
             raise ValueError(f"{name} is {share}; it is a share between 0 and 1")
+    if not regularisation > 0:
+        raise ValueError(f"regularisation={regularisation} must be more than 0; the smaller, the stronger")
     return classes
 
 

@@ -249,7 +249,8 @@ def _root(run: _Run, sae: SAE, layer: int, position: int, feature: int) -> _Read
 def _reader(run: _Run, term: _Term) -> _Reader:
     """A feature of an upstream SAE as an affine function of its z, times the weight of its path."""
     sae = run.saes["z", term.layer]
-    rows, constants = affine_parts(sae.encode, run.input_of(sae), [(term.position, term.feature)])
+    x = run.input_of(sae)[[term.position]]
+    rows, constants = affine_parts(sae.encode, x, [(0, term.feature)])
     direction = rows[0].unflatten(0, (run.model.n_heads, run.model.d_head)).to(run.model.device)
     return _Reader(term, direction * term.weight, float(constants[0]) * term.weight)
 

@@ -122,6 +122,11 @@ class SAE(nn.Module, ABC):
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
         }
 
+    def extra_repr(self) -> str:
+        """What `repr` shows: sites and settings."""
+        shown = {"site": self.site, "target_site": self.target_site, **self.settings()}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in (None, False))
+
     def encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """What W_enc multiplies: x, or x - b_dec.
 
@@ -193,7 +198,7 @@ class SAE(nn.Module, ABC):
         """Input and target of `loss` with one axis of tokens.
 
         Raises:
-            ValueError: if the target is missing, or is not one vector of d_out a token.
+            ValueError: if there is no token, or the target is missing or not one vector of d_out a token.
         """
         if target is None:
             if self.target_site is not None or self.d_out != self.d_in:
@@ -201,6 +206,8 @@ class SAE(nn.Module, ABC):
             target = x
         if target.shape != (*x.shape[:-1], self.d_out):
             raise ValueError(f"the target is {list(target.shape)}; it must be {[*x.shape[:-1], self.d_out]}")
+        if not target.numel():
+            raise ValueError(f"the input is {list(x.shape)}: there is no token to take the mean loss of")
         return x.reshape(-1, x.shape[-1]), target.reshape(-1, self.d_out)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from interp.saes.architectures import ARCHITECTURES
-from interp.saes.conversion import assemble
+from interp.saes.conversion import assemble, model_name
 from interp.saes.folding import as_jumprelu
 from interp.saes.sae import SAE
 from interp.saes.saelens_flat import as_nested, fold_scaling_factor
@@ -139,16 +139,17 @@ def _finished(
     where = {"site": settings.part("metadata").get("hook_name", str, None), "target_site": None}
     if transcoder:
         where["target_site"] = settings.part("metadata").get("hook_name_out", str, None)
-    own = metadata.pop("interp", None)
-    if own is not None:
-        architecture, arguments, state = _as_saved(settings, own, architecture, arguments, state)
+    if metadata.pop("interp", None) is not None:
+        architecture, arguments, state = _as_saved(settings, architecture, arguments, state)
+        if metadata.get("model") == metadata.get("model_name"):
+            metadata.pop("model_name", None)  # written for SAELens
     for name in ("hook_name", "hook_name_out", "hook_head_index", "hook_head_index_out", "sae_lens_version"):
         metadata.pop(name, None)
     return fold_normalisation(assemble(architecture, arguments, state, metadata=metadata, **where), settings)
 
 
 def _as_saved(
-    settings: Settings, own: Any, architecture: str, arguments: dict[str, Any], state: dict[str, Tensor]
+    settings: Settings, architecture: str, arguments: dict[str, Any], state: dict[str, Tensor]
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """The class that `save` had, where the weights still are its own: another program may have changed the file."""
     inner = settings.part("metadata").part("interp")
@@ -186,6 +187,7 @@ def save(sae: SAE, folder: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if (sae.site or "").endswith("hook_z") else "none",
         "metadata": {
+            "model_name": model_name(sae),
             **sae.metadata,
             "hook_name": sae.site,
             "hook_head_index": None,

@@ -28,7 +28,9 @@ WEIGHTS_FILE = "sae.safetensors"
 
 
 def load(folder: Path) -> SAE:
-    """The sparse coder in a folder; its site is read from the folder's name where that is a module's.
+    """The sparse coder in a folder; its site is what `save` noted, or is read from the folder's name, a module's.
+
+    In a family with a norm after the module (Gemma 2, OLMo 2) no site is that module's output: set `site` by hand.
 
     Raises:
         NotImplementedError: if it uses an activation other than top-k.
@@ -48,8 +50,9 @@ def load(folder: Path) -> SAE:
         "apply_b_dec_to_input": not transcode,
         "k": k,
     }
-    metadata = {"source_format": "sparsify", "hookpoint": folder.absolute().name}
-    return assemble("topk", arguments, state, metadata=metadata, **_sites(folder.absolute().name, transcode))
+    hookpoint = folder.absolute().name
+    metadata = {"source_format": "sparsify", "hookpoint": hookpoint}
+    return assemble("topk", arguments, state, metadata=metadata, **_sites(settings, hookpoint, transcode))
 
 
 def _refuse_other_activations(settings: Settings) -> None:
@@ -76,8 +79,11 @@ def _state(settings: Settings, weights: Weights, *, skip: bool) -> dict[str, Ten
     return state
 
 
-def _sites(hookpoint: str, transcode: bool) -> dict[str, str | None]:
+def _sites(settings: Settings, hookpoint: str, transcode: bool) -> dict[str, str | None]:
     """A module's output; a transcoder predicts it from the module's input, known here for an MLP: its norm's output."""
+    if "interp" in settings:
+        own = settings.part("interp")
+        return {name: own.get(name, str, None) for name in ("site", "target_site")}
     output = site_of_module(hookpoint)
     if not transcode:
         return {"site": output}
@@ -87,7 +93,7 @@ def _sites(hookpoint: str, transcode: bool) -> dict[str, str | None]:
 
 
 def save(sae: SAE, folder: Path) -> None:
-    """Write a top-k SAE or transcoder as sparsify reads it. Name the folder as the module, to keep the site.
+    """Write a top-k SAE or transcoder as sparsify reads it, with a field "interp" for the site, which it passes over.
 
     Raises:
         ValueError: if it is not top-k, or its output is not as wide as its input.
@@ -105,6 +111,8 @@ def save(sae: SAE, folder: Path) -> None:
         "transcode": not sae.apply_b_dec_to_input,
         "d_in": sae.d_in,
     }
+    if sae.site is not None:
+        content["interp"] = {"site": sae.site, "target_site": sae.target_site}
     tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.model import Model, Site
@@ -44,12 +44,16 @@ def spliced(
     contexts inside this one see the reconstructions. They compute in their own dtype (float32), and the result is cast
     to the activation's. Gradients flow through them to what comes before.
 
+    >>> without_7 = lambda site, features: features.index_fill(-1, torch.tensor([7]), 0)
+    >>> with spliced(model, sae, keep_error=True, features=without_7):
+    ...     model.generate("When Mary and John", max_new_tokens=5)
+
     Args:
         model: the model.
         saes: one or several, of different sites.
         keep_error: add the error that the untouched features leave, as a constant: the run's numbers are the model's
             own (to rounding), and only what `features` changes acts; gradients go through the reconstruction alone.
-        features: an intervention on the features.
+        features: an intervention on the features, as a function of the SAE's input site and a copy of its features.
         errors: an intervention on the error [batch, pos, d_out], called like `features`; what it returns is added,
             `keep_error` or not.
         exclude: tokens that keep the model's own activation, such as sinks or BOS; columns count padding, later tokens
@@ -115,6 +119,20 @@ def replaced(model: Model, site: Site, value: Float[Tensor, " width"], *, exclud
 
     with tapped(model.anatomy, [Tap(site, write)]):
         yield
+
+
+def counted(tokens: Int[Tensor, "prompt pos"], exclude: Excluded) -> Bool[Tensor, "prompt pos"]:
+    """Tokens that are not excluded.
+
+    Raises:
+        ValueError: if `exclude` is not a bool for each token.
+    """
+    if exclude is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if exclude.shape != tokens.shape or exclude.dtype != torch.bool:
+        found = f"{exclude.dtype} {tuple(exclude.shape)}"
+        raise ValueError(f"`exclude` is a bool for each token, {tuple(tokens.shape)}; got {found}")
+    return ~exclude
 
 
 def sites_of(model: Model, sae: SAE) -> tuple[Site, Site]:
@@ -191,12 +209,13 @@ def _reconstruction(
     errors: FeatureEdit | None,
 ) -> Float[Tensor, "batch pos d_out"]:
     found = sae.encode(x)
-    changed = found if features is None else features(source, found)
+    # A copy: the intervention may write into it, and the error is that of the untouched features.
+    changed = found if features is None else features(source, found.clone())
     if changed.shape != found.shape:
         raise ValueError(f"`features` returned shape {tuple(changed.shape)}; the features have {tuple(found.shape)}")
     new = sae.decode(changed, x)
     if errors is not None:
-        untouched = new if changed is found else sae.decode(found, x)
+        untouched = new if features is None else sae.decode(found, x)
         new = new + errors(source, (target - untouched).detach())
     return new
 

@@ -37,8 +37,9 @@ _WEIGHTS: dict[str, Format] = {
 def save(sae: SAE, folder: str | os.PathLike[str], *, format: Format = "saelens") -> Path:
     """Write an SAE into a folder, made where it is not there; a file appears when it is whole.
 
-    Weights are written in float32. In SAELens's layout `load` gives back the same class with the same settings; the
-    others keep the function: features and reconstruction.
+    Weights are written in float32. In SAELens's layout `load` gives back the same class with the same settings and
+    metadata. The others keep the function (features and reconstruction) and the site, but `params.npz` has no place for
+    a site: set it again after loading.
 
     Args:
         sae: any SAE; see the table for what each format holds.
@@ -84,6 +85,9 @@ def load(path: str | os.PathLike[str], format: Format | None = None) -> SAE:
         raise ValueError(f"format={format!r} is unknown; choose {', '.join(map(repr, FORMATS))}")
     format = format or recognise(source)
     if format in ("saelens", "sparsify") and not source.is_dir():
+        expected = saelens.WEIGHTS_FILE if format == "saelens" else sparsify.WEIGHTS_FILE
+        if source.name != expected:
+            raise ValueError(f"{source}: the weights of a {format} folder are called {expected}; give the folder")
         source = source.parent
     readers = {
         "saelens": saelens.load,
@@ -110,6 +114,9 @@ def recognise(path: Path) -> Format:
         return found[0]
     if found:
         raise ValueError(f"{path}: has files of {' and '.join(found)}; say which with format=")
+    inside = sorted(each.name for each in path.iterdir() if any((each / name).exists() for name in _WEIGHTS))
+    if inside:
+        raise ValueError(f"{path}: holds SAEs in folders of its own, give one of them: {', '.join(inside)}")
     raise ValueError(f"{path}: no SAE in it; looked for {', '.join(_WEIGHTS)} and <name>.pt with <name>_cfg.json")
 
 

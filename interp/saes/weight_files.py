@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ _KINDS = {
     list: "a list",
 }
 _REQUIRED: Any = object()
+
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""Of a damaged file: broken directory or compression, and headers that claim unknown compression or a password."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
-    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, *_ZIP_ERRORS) as error:
         raise ValueError(f"{path}: not a whole .npz file of numbers ({_one_line(error)})") from None
 
 

@@ -14,7 +14,7 @@ from interp.saes.architectures import ARCHITECTURES, make
 from interp.saes.decoder import normalise_decoder, remove_parallel_gradient
 from interp.saes.jumprelu import JumpReLUSAE, jump_relu, step
 from interp.saes.matryoshka import MatryoshkaSAE
-from interp.saes.sae import SAE, from_rows, to_rows
+from interp.saes.sae import SAE
 from interp.saes.topk import BatchTopKSAE, TopKFamily, TopKSAE
 
 EACH = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -260,13 +260,15 @@ def test_a_new_transcoder_has_directions_of_its_own() -> None:
 
 
 @EACH
-def test_autocast_trains_too(architecture: str) -> None:
-    sae = random_sae(architecture).float()
-    x, _ = batch(sae)
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_trains_too(architecture: str, kind: str, dtype: torch.dtype) -> None:
+    sae = random_sae(architecture, kind).float()
+    x, y = (one.to(dtype) for one in batch(sae))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = sae.loss(x.float(), dead=DEAD)
+        loss = sae.loss(x, y, dead=DEAD)
     loss.total.backward()
-    exact = sae.loss(x.float(), dead=DEAD).total
+    exact = sae.loss(x.float(), y.float(), dead=DEAD).total
     assert loss.total.item() == pytest.approx(exact.item(), rel=0.1)
     assert all(one.grad is not None and one.grad.isfinite().all() for one in sae.parameters())
     assert all(one.grad is not None and one.grad.dtype == torch.float32 for one in sae.parameters())
@@ -341,29 +343,19 @@ def test_decoder_norms_are_kept_and_gradients_projected() -> None:
     torch.testing.assert_close(sae.W_dec.detach(), direction)
 
 
-def test_rows_of_a_site_with_heads() -> None:
-    z = torch.randn(2, 3, 4, 5)
-    rows = to_rows("blocks.5.attn.hook_z", z)
-    assert torch.equal(rows[..., 5:10], z[:, :, 1])
-    assert torch.equal(from_rows("blocks.5.attn.hook_z", rows, z), z)
-    stream = torch.randn(2, 3, 8)
-    assert to_rows("blocks.5.hook_attn_out", stream) is stream
-    assert torch.equal(from_rows("blocks.5.hook_attn_out", stream, stream), stream)
-    with pytest.raises(ValueError, match="not one vector a token"):
-        to_rows("blocks.5.attn.hook_pattern", torch.randn(2, 4, 3, 3))
-    with pytest.raises(ValueError, match="does not fit"):
-        from_rows("blocks.5.attn.hook_z", rows[..., :10], z)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: make("topkk", 4, 8), "'topkk' is not an architecture; choose one of relu"),
         (lambda: make("topk", 4, 8, l1=1.0), "topk has no setting 'l1'; it has k, "),
         (lambda: make("topk", 4, 8, k=9), r"k=9 is outside 1\.\.8"),
+        (lambda: make("topk", 4, 8, k=2, k_aux=0), "k_aux=0 must be 1 or more"),
+        (lambda: make("batch_topk", 4, 8, k=2, threshold_rate=0.0), "threshold_rate=0.0 is a share"),
+        (lambda: make("relu", 4, 8, b_dec=torch.ones(1)), r"b_dec is \[1\]; it must be \[4\]"),
         (lambda: make("relu", 0, 8), "d_in=0"),
         (lambda: make("matryoshka", 4, 8, k=2, widths=[4, 2, 8]), "must ascend"),
         (lambda: make("matryoshka", 4, 8, k=2, widths=[4, 7]), "d_sae=8"),
+        (lambda: make("matryoshka", 4, 8, k=2, widths=[]), r"widths=\[\] must ascend"),
         (lambda: make("jumprelu", 4, 8, sparsity="tanh", target_l0=3.0), "goes with sparsity='step'"),
         (lambda: make("jumprelu", 4, 8, bandwidth=0.0), "must be positive"),
         (lambda: make("relu", 4, 8, d_out=5, apply_b_dec_to_input=True), "give apply_b_dec_to_input=False"),

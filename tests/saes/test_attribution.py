@@ -98,6 +98,13 @@ def test_attention_that_a_learned_sink_takes_is_stated() -> None:
     assert float(feature_attribution(model, z_sae(model), ids, 2)["sink_mass"].max()) < 1e-5
 
 
+def test_attention_on_the_first_token_is_stated(tiny_llama) -> None:
+    found = feature_attribution(tiny_llama, z_sae(tiny_llama), "Mary and John went", 2, by="head", positions=[-1, 1])
+    _, cache = tiny_llama.run_with_cache("Mary and John went", "pattern")
+    expected = cache["pattern", 2][0, :, [-1, 1], 0].T.numpy()
+    np.testing.assert_allclose(found["first_mass"].transpose("position", "head").values, expected, atol=1e-6)
+
+
 def test_an_edited_pattern_is_the_one_that_is_read(tiny_gpt2) -> None:
     sae = z_sae(tiny_gpt2)
     with tiny_gpt2.hooks([("blocks.2.attn.hook_pattern", lambda pattern, hook: torch.ones_like(pattern) / 3)]):
@@ -119,6 +126,7 @@ def test_the_figure_names_tokens_and_is_centred(tiny_gpt2) -> None:
     position = int(found["position"][0])
     figure = draw_attribution(found, 2, position)
     assert figure.data[0].z.shape == (4, found.sizes["source"])
+    assert list(figure.data[0].y) == ["L2H0", "L2H1", "L2H2", "L2H3"]
     assert figure.data[0].zmin == -figure.data[0].zmax
     assert not any("<" in label for label in figure.layout.xaxis.ticktext)
     assert len(draw_attribution(found.sum("head", keep_attrs=True), 2, position).data[0].z) == 1
@@ -137,6 +145,7 @@ def test_the_figure_names_tokens_and_is_centred(tiny_gpt2) -> None:
         ({"prompt": torch.zeros(2, 3, dtype=torch.long)}, r"one prompt at a time; got token ids of shape \[2, 3\]"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused(tiny_gpt2, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         feature_attribution(tiny_gpt2, z_sae(tiny_gpt2), **({"prompt": "Mary and John", "features": 2} | changes))

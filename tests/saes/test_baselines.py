@@ -1,3 +1,6 @@
+import sys
+from typing import Any
+
 import pytest
 import torch
 from sklearn.decomposition import PCA
@@ -89,6 +92,24 @@ def test_baselines_of_a_transcoder_reconstruct_its_target() -> None:
 def test_a_rank_that_is_none_is_refused(activations: Tensor, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pca(activations, k)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 65}, "k=65 is outside 1..64"),
+        ({"exclude": torch.zeros(1, 3, dtype=torch.bool)}, "a bool for each token"),
+        ({"exclude": torch.ones(6, 20, dtype=torch.bool)}, "0 token has no variance"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_baselines_refuse_before_any_run(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["interp.saes.baselines"], "gather", None)
+    model, sae = interp.zoo.load("ioi_small"), make("topk", 64, 256, k=8, site=SITE)
+    with pytest.raises(ValueError, match=message):
+        baselines(model, sae, torch.zeros(6, 20, dtype=torch.long), **options)
 
 
 def test_one_token_has_no_variance(activations: Tensor) -> None:

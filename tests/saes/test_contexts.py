@@ -120,8 +120,39 @@ def test_every_sequence_of_an_interval_is_drawn_equally_often() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-squared of 29 degrees, 97th percentile
 
 
+def test_a_passage_that_comes_again_is_listed_once_where_it_is_strongest(tiny_gpt2, sae, tokens) -> None:
+    alone = feature_contexts(tiny_gpt2, sae, tokens, FEATURES, n_top=6, window=(1, 0))
+    twice = feature_contexts(
+        tiny_gpt2, sae, torch.cat([tokens, tokens.flip(0)]), FEATURES, n_top=6, window=(1, 0), batch_size=7
+    )
+    group = alone["group"].values == "top"
+    for name in ("token_id", "activation", "sequence"):
+        np.testing.assert_array_equal(twice[name][:, group], alone[name][:, group])
+    assert (twice["n_active"] == 2 * alone["n_active"]).all()
+
+
+def test_of_the_same_passage_the_strongest_reading_stays() -> None:
+    ids = np.array([[7], [8], [7], [9], [7]])
+    reading = _Reading(1, 2, 0, (0, 0), np.random.default_rng(0))
+    for row, peak in enumerate((3.0, 2.0, 5.0, 4.0, 1.0)):
+        reading.add(ids[row : row + 1], np.full((1, 1, 1), peak, dtype=np.float32), 1)
+    assert sorted((one.peak, -one.sequence) for one in reading.tops[0]) == [(4.0, 3), (5.0, 2)]
+
+
+def test_nothing_after_the_site_is_computed(tiny_gpt2, sae, tokens) -> None:
+    calls: list[str] = []
+    blocks = tiny_gpt2.hf.transformer.h
+    handles = [blocks[layer].register_forward_hook(lambda *_, at=layer: calls.append(at)) for layer in range(3)]
+    try:
+        feature_contexts(tiny_gpt2, sae, tokens[:2], FEATURES)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == [0]
+
+
 def test_excluded_positions_do_not_count(tiny_gpt2, sae, tokens) -> None:
-    found = feature_contexts(tiny_gpt2, sae, tokens, FEATURES, exclude=[0])
+    found = feature_contexts(tiny_gpt2, sae, tokens, FEATURES, exclude=[0, -9])  # the same position twice
     assert (found["position"].values != 0).all()
     mine = read(tiny_gpt2, sae, tokens)[:, 1:]
     assert found["density"].values == pytest.approx((mine > 0).mean((0, 1)))
@@ -147,6 +178,7 @@ def test_a_feature_that_is_never_on_has_no_contexts_and_no_maximum(tiny_gpt2, sa
         ({"exclude": [9]}, "position 9 is out of range"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused(tiny_gpt2, sae, tokens, changes, message) -> None:
     given = {"tokens": tokens, "features": FEATURES} | changes
     with pytest.raises(ValueError, match=message):

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -230,9 +232,16 @@ def test_the_figure_shows_rates_and_losses(ioi) -> None:
         (torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4), "a bool for each token"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_measured_is_refused(ioi, tokens: Tensor, exclude: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(ioi[0], random_sae(64, site=SITE), tokens, exclude=exclude)
+
+
+def test_an_sae_on_another_device_is_refused_before_the_long_passes(ioi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["interp.saes.evaluate"], "_mean", None)
+    with pytest.raises(ValueError, match="on meta; move one with"):
+        evaluate(ioi[0], random_sae(64, site=SITE).to("meta"), ioi[1])
 
 
 def test_a_model_without_a_head_has_no_loss() -> None:

@@ -113,6 +113,8 @@ def test_batch_top_k_as_jump_relu() -> None:
     assert torch.equal(jump.threshold, torch.full((D_SAE,), 0.7))
     assert torch.equal(jump.encode(x), sae.encode(x))
     assert jump.dtype == torch.float32
+    assert jump.W_enc.requires_grad
+    assert not as_jumprelu(sae.requires_grad_(False)).W_enc.requires_grad
     assert torch.equal(jump(x), sae(x))
 
 

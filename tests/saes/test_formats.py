@@ -106,6 +106,7 @@ def test_gemma_scope_holds_transcoders(tmp_path: Path) -> None:
         ("zip", "relu", {}),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_a_format_cannot_hold_is_not_written(
     format: Any, architecture: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -156,6 +157,40 @@ def test_weights_files_are_recognised_too(format: Any, tmp_path: Path) -> None:
     assert_same_function(saes.load(tmp_path, format), sae)
 
 
+@pytest.mark.parametrize("format", ["saelens", "dictionary_learning", "sparsify"])
+def test_the_site_of_heads_is_kept(format: Any, tmp_path: Path) -> None:
+    sae = random_sae("topk", site=SITE, metadata={"model": "tiny"})
+    loaded = saes.load(saes.save(sae, tmp_path, format=format))
+    assert loaded.site == SITE
+    if format == "dictionary_learning":
+        assert loaded.metadata["model_name"] == "tiny"
+        for site, read in (("blocks.2.mlp.hook_post", "blocks.2.mlp.hook_post"), ("hook_embed", None)):
+            assert saes.load(saes.save(random_sae("topk", site=site), tmp_path, format=format)).site == read
+
+
+def test_a_sparsify_transcoder_keeps_both_sites(tmp_path: Path) -> None:
+    where = {"site": "blocks.2.hook_resid_mid", "target_site": "blocks.2.hook_mlp_out"}
+    sae = random_sae("topk", apply_b_dec_to_input=False, **where)
+    loaded = saes.load(saes.save(sae, tmp_path / "layers.7", format="sparsify"))
+    assert (loaded.site, loaded.target_site) == (where["site"], where["target_site"])
+
+
+def test_another_file_is_not_read_in_place_of_the_one_that_is_named(tmp_path: Path) -> None:
+    saes.save(random_sae("topk"), tmp_path)
+    save_file({"W_enc": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    for format in ("saelens", "sparsify"):
+        with pytest.raises(ValueError, match=r"other\.safetensors: the weights of a \w+ folder are called \w+\.safe"):
+            saes.load(tmp_path / "other.safetensors", format)
+
+
+def test_a_folder_of_several_saes_names_them(tmp_path: Path) -> None:
+    for layer in (2, 1):
+        saes.save(random_sae("topk"), tmp_path / f"blocks.{layer}.attn.hook_z")
+    with pytest.raises(ValueError, match=r"give one of them: blocks\.1\.attn\.hook_z, blocks\.2\.attn\.hook_z$"):
+        saes.load(tmp_path)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_folders_that_are_not_clear(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no such folder or file$"):
         saes.load(tmp_path / "nothing")
@@ -214,6 +249,23 @@ def test_damaged_weights(format: Any, damage: Callable[[Path], None], tmp_path: 
     with pytest.raises(ValueError, match=WEIGHT_FILES[format]) as error:
         saes.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_damage_anywhere_in_a_compressed_file(tmp_path: Path) -> None:
+    saes.save(random_sae("jumprelu"), tmp_path, format="gemma_scope")
+    file = tmp_path / "params.npz"
+    with np.load(file) as arrays:
+        content = dict(arrays)
+    np.savez_compressed(file, **content)
+    whole, said = file.read_bytes(), []
+    for at in range(0, len(whole), 7):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            saes.load(tmp_path)  # where nothing depends on the byte, such as a date
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 50
+    assert all("params.npz: " in one and "\n" not in one for one in said)
 
 
 @pytest.mark.parametrize("format", WEIGHT_FILES)

@@ -42,6 +42,16 @@ def test_a_norm_after_attention_counts_with_its_gain() -> None:
     assert found == pytest.approx(np.sort(dense(model, written)[0])[::-1][:3], abs=1e-4)
 
 
+def test_factors_of_the_residual_stream_and_the_logits_count() -> None:
+    model = interp.Model(FAMILIES["granite"].make_model("eager"))
+    sae, config = z_sae(model), model.hf.config
+    assert config.residual_multiplier != 1
+    assert config.logits_scaling != 1
+    written = sae.W_dec[[4]] @ model.W_O[2].flatten(0, 1) * config.residual_multiplier / config.logits_scaling
+    found = logit_weights(model, sae, 4, n=3)["weight"].sel(side="top").values[0]
+    assert found == pytest.approx(np.sort(dense(model, written)[0])[::-1][:3], rel=1e-4)
+
+
 def test_a_feature_in_the_last_stream_moves_logits_as_its_weights_say(tiny_llama) -> None:
     """A finite difference along the decoder row, the norm's scale held: the model's own logits move by the weights."""
     sae = make("relu", 32, 8, site="blocks.2.hook_resid_post")

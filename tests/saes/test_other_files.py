@@ -247,6 +247,7 @@ def test_sparsify_subtracts_unless_it_transcodes(tmp_path: Path) -> None:
         ("model.layers.7.self_attn", "blocks.7.hook_attn_out"),
         ("transformer.h.7.mlp", "blocks.7.hook_mlp_out"),
         ("embed_tokens", "hook_embed"),
+        ("transformer.wte", None),
         ("layers.7.mlp.act", None),
         ("something", None),
     ],

@@ -123,11 +123,16 @@ def test_batches_do_not_matter(model: interp.Model, tmp_path) -> None:
         ({"k": (31,)}, r"k=\(31,\): numbers of features run 1..30"),
         ({"k": ()}, "numbers of features run 1..30"),
         ({"test_share": 1.0}, "test_share is 1.0"),
+        ({"test_share": 0.1}, "test_size = 1 should be greater or equal to the number of classes = 2"),
+        ({"regularisation": 0.0}, "regularisation=0.0 must be more than 0"),
         ({"level": 95.0}, "level is 95"),
         ({"first": 6}, "first=6 leaves nothing of text 0, of 6 tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused(model: interp.Model, change: dict, message: str) -> None:
+def test_what_does_not_fit_is_refused_before_any_run(
+    model: interp.Model, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interp.saes.probing.gather", None)
     prompts, labels = texts(8, {"blue": BLUE, "red": RED})
     arguments = {"labels": labels, **change}
     with pytest.raises(ValueError, match=message):

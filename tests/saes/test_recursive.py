@@ -141,6 +141,13 @@ def test_what_is_not_listed_is_one_leaf_and_the_text_shows_the_tree(tiny_gpt2) -
     assert np.isnan(few["activation"]).sum() == (few["feature"] == -1).sum()
 
 
+def test_a_model_whose_terms_do_not_add_up_is_refused(tiny_gpt2) -> None:
+    """Here the values are changed on the way, as by a norm of values that nobody told of."""
+    with tiny_gpt2.hooks([("blocks.2.attn.hook_v", lambda v, hook: 2 * v)]):  # noqa: SIM117
+        with pytest.raises(UnsupportedModel, match="the terms miss the pre-activation by"):
+            recursive_attribution(tiny_gpt2, z_sae(tiny_gpt2), "Mary and John", FEATURE)
+
+
 def test_a_post_norm_model_is_refused() -> None:
     model = interp.Model(FAMILIES["opt-post_norm"].make_model("eager"))
     with pytest.raises(UnsupportedModel, match="post-norm"):

@@ -242,6 +242,14 @@ def test_what_is_written(architecture: str, name: str, tmp_path: Path) -> None:
         assert torch.equal(tensors["threshold"], sae.state_dict()["threshold"].expand(D_SAE))
 
 
+def test_the_model_is_named_as_sae_lens_does(tmp_path: Path) -> None:
+    """Training notes "model", like every result here."""
+    sae = random_sae("relu", metadata={"model": "tiny"})
+    saes.save(sae, tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["model_name"] == "tiny"
+    assert saes.load(tmp_path).metadata == {"model": "tiny"}
+
+
 @pytest.mark.parametrize(
     ("architecture", "skip", "name"),
     [

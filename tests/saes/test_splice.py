@@ -110,6 +110,26 @@ def test_the_error_kept_leaves_the_run_and_only_a_changed_feature_shows(model: i
     assert removed.abs().max() > 0.05
 
 
+def test_an_intervention_may_write_into_the_features(llama: interp.Model) -> None:
+    """The error that is kept is that of the untouched features all the same."""
+    sae = sae_at("blocks.1.attn.hook_z", 48)
+    chosen = int(features_of(llama, TOKENS, sae).sum((0, 1)).argmax())
+
+    def in_place(where: interp.Site, features: Tensor) -> Tensor:
+        features[..., chosen] = 0
+        return features
+
+    def aside(where: interp.Site, features: Tensor) -> Tensor:
+        return features.index_fill(-1, torch.tensor([chosen]), 0)
+
+    logits = []
+    for change in (in_place, aside):
+        with spliced(llama, sae, keep_error=True, features=change):
+            logits.append(llama(TOKENS))
+    assert torch.equal(*logits)
+    assert (logits[0] - llama(TOKENS)).abs().max() > 0.01
+
+
 def test_an_error_is_added_as_it_was_changed(model: interp.Model) -> None:
     site = interp.Site("z", 1)
     sae = sae_at(site, width(model, site))
@@ -252,6 +272,16 @@ def test_excluded_tokens_keep_their_own_activation(tiny_llama: interp.Model) -> 
         _, cache = tiny_llama.run_with_cache(TOKENS, site)
     assert torch.equal(cache[site][exclude], own[exclude])
     assert (cache[site][~exclude].flatten(1) == vector).all()
+
+
+def test_an_exclusion_may_reach_into_what_is_generated(tiny_llama: interp.Model) -> None:
+    sae = sae_at("blocks.1.attn.hook_z", 32)
+    exclude = torch.zeros(2, 8, dtype=torch.bool)
+    exclude[:, 6] = True
+    with spliced(tiny_llama, sae, exclude=exclude):
+        generated = tiny_llama.generate(TOKENS, max_new_tokens=3, min_new_tokens=3)
+        again = tiny_llama(generated[:, :8])
+    assert torch.equal(again[:, 5:, 1:].argmax(-1) + 1, generated[:, 6:])
 
 
 def test_the_model_is_left_as_found(llama: interp.Model) -> None:
