@@ -17,27 +17,8 @@ from interp.patching.variant import Variant
 from interp.patching.verify import verified, verify_top
 
 __all__ = [
-    "METHODS",
-    "Variant",
-    "activation_patching",
-    "agreement",
-    "atp_star",
-    "attribution_patching",
-    "contextual_decomposition",
-    "contextual_patching",
-    "edge_effects",
-    "estimates",
-    "gradient_times_input",
-    "integrated_gradients",
-    "normgrad",
-    "path_patching",
-    "qk_fixed_patching",
-    "relevance_patching",
-    "relevance_rules",
-    "secant_patching",
-    "subset_bounds",
-    "sweep",
-    "sweep_activations",
-    "verified",
-    "verify_top",
-]
+    "METHODS", "Variant", "activation_patching", "agreement", "atp_star", "attribution_patching",
+    "contextual_decomposition", "contextual_patching", "edge_effects", "estimates", "gradient_times_input",
+    "integrated_gradients", "normgrad", "path_patching", "qk_fixed_patching", "relevance_patching",
+    "relevance_rules", "secant_patching", "subset_bounds", "sweep", "sweep_activations", "verified", "verify_top",
+]  # fmt: skip

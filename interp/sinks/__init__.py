@@ -19,28 +19,8 @@ from interp.sinks.stream_nll import sink_windows, stream_nll, stream_perplexity
 from interp.sinks.streaming import streaming
 
 __all__ = [
-    "SinkWindow",
-    "boost_logits",
-    "calibrated",
-    "calibration_gain",
-    "calibration_search",
-    "dormant_heads",
-    "hidden_sinks",
-    "interpolate_pattern",
-    "intervene",
-    "mask",
-    "massive_activations",
-    "move_mass",
-    "phi",
-    "phi_rel",
-    "raising_heads",
-    "rates",
-    "redistributed",
-    "sink_checks",
-    "sink_dimensions",
-    "sink_rate",
-    "sink_windows",
-    "stream_nll",
-    "stream_perplexity",
-    "streaming",
-]
+    "SinkWindow", "boost_logits", "calibrated", "calibration_gain", "calibration_search", "dormant_heads",
+    "hidden_sinks", "interpolate_pattern", "intervene", "mask", "massive_activations", "move_mass", "phi",
+    "phi_rel", "raising_heads", "rates", "redistributed", "sink_checks", "sink_dimensions", "sink_rate",
+    "sink_windows", "stream_nll", "stream_perplexity", "streaming",
+]  # fmt: skip

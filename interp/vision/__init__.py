@@ -13,26 +13,8 @@ from interp.vision.pattern_codes import mean_patterns, pattern_codes
 from interp.vision.token_map import image_values, token_map, without_images
 
 __all__ = [
-    "attention_rollout",
-    "cluster_heads",
-    "contrast_map",
-    "damro_outliers",
-    "draw_clusters",
-    "draw_over_image",
-    "fold_patches",
-    "image_values",
-    "khop_profile",
-    "mean_patterns",
-    "modality_mass",
-    "norm_outliers",
-    "pattern_codes",
-    "pattern_features",
-    "salient_regions",
-    "text_khop_profile",
-    "token_map",
-    "token_norm_grad",
-    "vision_importance",
-    "vision_norm_grad",
-    "vision_rollout",
-    "without_images",
-]
+    "attention_rollout", "cluster_heads", "contrast_map", "damro_outliers", "draw_clusters", "draw_over_image",
+    "fold_patches", "image_values", "khop_profile", "mean_patterns", "modality_mass", "norm_outliers",
+    "pattern_codes", "pattern_features", "salient_regions", "text_khop_profile", "token_map", "token_norm_grad",
+    "vision_importance", "vision_norm_grad", "vision_rollout", "without_images",
+]  # fmt: skip
