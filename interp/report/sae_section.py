@@ -145,7 +145,7 @@ def effect_map(effects: xr.Dataset, unit: str) -> go.Figure:
     best = np.unravel_index(int(np.abs(values).argmax()), values.shape)
     labels = [figures.token_label(str(one)) for one in effects["label"].values]
     where = visible(str(effects["label"].values[best[1]])).strip()
-    title = f"Feature {effects['feature'].values[order][best[0]]} acts most, at {where}"
+    title = f"Feature {effects['feature'].values[order][best[0]]} acts most, at “{where}”"
     return figures.label_position_heatmap(values, names, labels, title=title, unit=f"{unit} lost")
 
 
