@@ -105,7 +105,7 @@ def report(model, sae, training, held_out, log, n_tokens):
     for name in saes.reconstruction.FORMULAS:
         values = [f"{float(one[name]):.4g}" for one in columns.values()]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
-    lines += ["\n## Curve\n", *curve(log)]
+    lines += ["\n## Curve\n", "Batches of training; losses of activations scaled to a mean norm of √d.\n", *curve(log)]
     return "\n".join(lines) + "\n"
 
 
