@@ -71,6 +71,11 @@ Then handed
 """Whole words of the tiny tokenizer; all else falls back to bytes."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which each word of `TINY_TEXT` with its leading space is one token; adds no BOS.
