@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ N_SHOWN = 10
 class Dashboard:
     """A page, shown by Jupyter as the value of a cell."""
 
-    html: str
+    html: str = field(repr=False)
     """The whole file."""
     path: Path | None
     """Where it was written."""

@@ -102,6 +102,7 @@ def test_token_text_is_escaped_and_nothing_is_fetched(tiny_gpt2, sae, tokens) ->
 def test_jupyter_shows_the_page_in_a_frame_of_its_own(tiny_gpt2, sae, tokens) -> None:
     page = dashboard(tiny_gpt2, sae, tokens, 3)
     shown = page._repr_html_()
+    assert len(repr(page)) < 200, "the page itself is not printed"
     assert shown.startswith("<iframe srcdoc=")
     framed = html.unescape(shown.split('srcdoc="')[1].split('" title=')[0])
     base = '<base href="about:srcdoc">'
