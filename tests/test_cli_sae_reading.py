@@ -32,9 +32,11 @@ def test_eval_writes_what_evaluate_returns(folder, tmp_path):
         "sae", "eval", folder / "sae", "--model", folder / "model", *sizes, "--baselines", "-o", tmp_path / "e.nc"
     )
     assert code == 0, err
-    assert "PCA" in out or "pca" in out
-    model = interp.load(folder / "model")
-    expected = saes.evaluate(model, saes.load(folder / "sae"), natural_text(model, 3, 8, 0))
+    model, sae = interp.load(folder / "model"), saes.load(folder / "sae")
+    texts = natural_text(model, 6, 8, 0)
+    expected = saes.evaluate(model, sae, texts[:3])
+    fitted_to_others = saes.baselines(model, sae, texts[3:])["pca"]
+    assert saes.describe_evaluation(saes.evaluate(model, fitted_to_others, texts[:3])) in out
     with xr.open_dataset(tmp_path / "e.nc", engine="h5netcdf") as written:
         xr.testing.assert_allclose(written["ce"], expected["ce"])
 

@@ -42,7 +42,10 @@ def evaluate(
     length: LengthOption = 128,
     site: SiteOption = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="PCA and a random decoder at as many features a token, too.")
+        bool,
+        typer.Option(
+            "--baselines", help="PCA and a random decoder at as many features a token, too; fitted to n other texts."
+        ),
     ] = False,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="All numbers of the SAE, as .nc.")] = None,
@@ -69,11 +72,12 @@ def evaluate(
     one = _loaded(path, site)
     loaded = load_model(model, device, dtype)
     one = one.to(loaded.device)
-    tokens = natural_text(loaded, n, length, seed)
+    texts = natural_text(loaded, 2 * n if baselines else n, length, seed)
+    tokens, others = texts[:n], texts[n:]
     found = evaluate_sae(loaded, one, tokens, progress=progress)
     typer.echo(describe_evaluation(found))
     if baselines:
-        for name, baseline in baselines_of(loaded, one, tokens, seed=seed).items():
+        for name, baseline in baselines_of(loaded, one, others, seed=seed).items():
             typer.echo(f"\n{name}:\n{describe_evaluation(evaluate_sae(loaded, baseline, tokens, progress=progress))}")
     if target is not None:
         write_netcdf(found, target)
